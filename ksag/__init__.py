@@ -1,0 +1,7 @@
+"""Self-Attention Guidance for any k-diffusion sampler."""
+
+from ksag.attention import AttentionLayer, list_attention
+from ksag.denoiser import SAGDenoiser, TraceStep
+
+__all__ = ["AttentionLayer", "SAGDenoiser", "TraceStep", "list_attention"]
+__version__ = "0.1.0"

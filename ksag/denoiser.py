@@ -1,0 +1,216 @@
+"""SAGDenoiser: Self-Attention Guidance for any k-diffusion sampler."""
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ksag import checks
+from ksag.attention import AttentionTap
+from ksag.conditioning import Conditioning, batchable, concatenate, repeat
+from ksag.degrade import attention_mask, degrade
+from ksag.saliency import saliency
+
+
+class TraceStep(NamedTuple):
+    """What one guided call computed, on the CPU."""
+
+    sigma: Tensor
+    """(b,) noise levels."""
+    saliency: Tensor
+    """(b, h', w') attention that each token receives; its mean is 1."""
+    mask: Tensor
+    """(b, 1, h, w) ones where the saliency is above `mask_threshold`."""
+    uncond: Tensor
+    """(b, c, h, w) the unconditional prediction u (the only one, where there is no uncond)."""
+    degraded: Tensor
+    """(b, c, h, w) d: u, blurred under the mask."""
+    reevaluated: Tensor
+    """(b, c, h, w) r: what the model makes of the degraded latent."""
+
+
+class SAGDenoiser(nn.Module):
+    """Wraps a k-diffusion denoiser with Self-Attention Guidance and classifier-free guidance.
+
+    The result samples like any k-diffusion denoiser:
+
+        guided = ksag.SAGDenoiser(denoiser, sag_scale=0.5, blur_sigma=2.0)
+        K.sampling.sample_euler(guided, x, sigmas, extra_args={"cond": c, "uncond": uc, "cond_scale": 7.5})
+
+    Forward hooks on one self-attention layer see what the model attends to; nothing in `inner_model` is replaced or
+    altered, and `close()`, leaving a `with` block, or dropping the wrapper removes them. Compile `inner_model` after
+    wrapping it, not before.
+
+    Hong et al., "Improving Sample Quality of Diffusion Models Using Self-Attention Guidance", ICCV 2023, arXiv:2210.00939.
+
+    Args:
+        inner_model: maps (x, sigma, **conditioning) to the denoised latent, as k-diffusion's denoisers do.
+        sag_scale: strength s; 0 is plain classifier-free guidance. The paper's `guide_scale` is 1 + s.
+        blur_sigma: standard deviation of the Gaussian blur, in latent pixels; 0 is no blur.
+        blur_kernel_size: odd number of latent pixels that the blur spans. A latent with a side of at most half of it
+            cannot be reflected at its border, and is not guided.
+        mask_threshold: tokens that receive more than this many times the average attention are blurred.
+        attention: the layer to look at: "middle", a dotted path in `inner_model` or in the UNet it holds, or the module.
+            `ksag.list_attention(inner_model)` lists them.
+        sigma_range: (lowest, highest) sigma, in the units of the sampler's sigmas, at which SAG acts; elsewhere the
+            result is plain classifier-free guidance. Reads sigma from the device once a call if set.
+        cond_key: the keyword under which `inner_model` takes its conditioning; None if cond is a dict of keywords.
+        batch_cond: evaluate uncond and cond in one batch where their shapes allow it; False takes two passes and half
+            the activation memory.
+
+    Raises:
+        TypeError: `inner_model` is no nn.Module.
+        ValueError: a parameter out of its range, or no such self-attention layer.
+        RuntimeError: `inner_model` was compiled before it was wrapped.
+    """
+
+    def __init__(
+        self,
+        inner_model: nn.Module,
+        sag_scale: float = 0.5,
+        blur_sigma: float = 2.0,
+        *,
+        blur_kernel_size: int = 9,
+        mask_threshold: float = 1.0,
+        attention: str | nn.Module = "middle",
+        sigma_range: tuple[float, float] = (0.0, math.inf),
+        cond_key: str | None = "cond",
+        batch_cond: bool = True,
+    ):
+        super().__init__()
+        self.inner_model = checks.inner_model(inner_model)
+        self.sag_scale = checks.finite("sag_scale", sag_scale)
+        self.blur_sigma = checks.blur_sigma(blur_sigma)
+        self.blur_kernel_size = checks.blur_kernel_size(blur_kernel_size)
+        self.mask_threshold = checks.finite("mask_threshold", mask_threshold)
+        self.sigma_range = checks.sigma_range(sigma_range)
+        self.cond_key = cond_key
+        self.batch_cond = batch_cond
+        self.tap = AttentionTap(inner_model, attention, reduce=saliency)
+        self._traces: list[list[TraceStep]] = []
+        weakref.finalize(self, self.tap.close)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning = None,
+        uncond: Conditioning = None,
+        cond_scale: float = 1.0,
+        *,
+        sag_scale: float | None = None,
+        blur_sigma: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The guided denoised latent, (b, c, h, w).
+
+        Args:
+            x: noisy latent, (b, c, h, w).
+            sigma: noise levels, (b,).
+            cond, uncond: conditionings, batch first, of the same nesting. Without uncond, the guidance starts from the
+                prediction for cond, or from the model's only one.
+            cond_scale: classifier-free guidance scale; 1 is none.
+            sag_scale, blur_sigma: in place of the constructor's, for this call.
+            **kwargs: passed on to every call of `inner_model`.
+
+        Raises:
+            ValueError, TypeError: input that does not fit together; the message says how.
+            RuntimeError: the layer did not run, or the wrapper was closed.
+        """
+        sag_scale = self.sag_scale if sag_scale is None else checks.finite("sag_scale", sag_scale)
+        blur_sigma = self.blur_sigma if blur_sigma is None else checks.blur_sigma(blur_sigma)
+        checks.call(x, sigma, cond, uncond, cond_scale, self.cond_key)
+
+        if not self._acts(x, sigma, sag_scale):
+            u, g = self._predict(x, sigma, cond, uncond, kwargs)
+            return g if u is None else u + (g - u) * cond_scale
+
+        # 1. The predictions; the tap sees the uncond half, which comes first
+        with self.tap.recording(rows=x.shape[0]) as seen:
+            u, g = self._predict(x, sigma, cond, uncond, kwargs)
+
+        # 2. Classifier-free guidance
+        cfg = g if u is None else u + (g - u) * cond_scale
+        u, c = (g, cond) if u is None else (u, uncond)
+
+        # 3., 4. Where the model looks
+        attended = seen.map()
+        mask = attention_mask(attended, self.mask_threshold, (x.shape[2], x.shape[3]))
+
+        # 5., 6. That taken away, and what the model makes of it under the same noise
+        d = degrade(u, mask, blur_sigma, self.blur_kernel_size)
+        r = self._denoise(d + (x - u), sigma, c, kwargs)
+
+        # 7. Away from it
+        self._trace(sigma, attended, mask, u, d, r)
+        return cfg + (d - r) * sag_scale
+
+    def _acts(self, x: Tensor, sigma: Tensor, sag_scale: float) -> bool:
+        """Whether this call is guided: an interval must hold all of sigma, and the blur reflect at every border."""
+        if sag_scale == 0 or min(x.shape[2:]) <= self.blur_kernel_size // 2:
+            return False
+        if self.tap.closed:
+            raise RuntimeError("This SAGDenoiser was closed, so it no longer sees what the model attends to. Make a new one.")
+        low, high = self.sigma_range
+        return (low, high) == (0.0, math.inf) or bool(((low <= sigma) & (sigma <= high)).all())
+
+    def _predict(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, uncond: Conditioning, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor]:
+        """The predictions for uncond (None where there is none) and cond: one batch if they can be batched, else two."""
+        if uncond is None:
+            return None, self._denoise(x, sigma, cond, kwargs)
+        if self.batch_cond and batchable(uncond, cond):
+            both = self._denoise(
+                torch.cat([x, x]), torch.cat([sigma, sigma]), concatenate(uncond, cond), repeat(kwargs, x.shape[0])
+            )
+            u, g = both.chunk(2)
+            return u, g
+        return self._denoise(x, sigma, uncond, kwargs), self._denoise(x, sigma, cond, kwargs)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning, kwargs: dict[str, Any]) -> Tensor:
+        conditioning = {} if cond is None else cond if self.cond_key is None else {self.cond_key: cond}
+        return checks.denoised(self.inner_model(x, sigma, **conditioning, **kwargs), x)
+
+    @contextlib.contextmanager
+    def trace(self) -> Iterator[list[TraceStep]]:
+        """Keeps what every guided call inside the block computes.
+
+            with guided.trace() as steps:
+                K.sampling.sample_euler(guided, x, sigmas)
+            steps[0].mask
+
+        A call that is not guided (`sag_scale` 0, outside `sigma_range`) leaves no step.
+        """
+        steps: list[TraceStep] = []
+        self._traces.append(steps)
+        try:
+            yield steps
+        finally:
+            self._traces = [trace for trace in self._traces if trace is not steps]
+
+    def _trace(self, *values: Tensor) -> None:
+        if self._traces:
+            step = TraceStep(*(value.detach().to("cpu", copy=True) for value in values))
+            for steps in self._traces:
+                steps.append(step)
+
+    def close(self) -> None:
+        """Removes every hook from `inner_model`. What is left still does plain guidance at `sag_scale` 0."""
+        self.tap.close()
+
+    def __enter__(self) -> "SAGDenoiser":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def extra_repr(self) -> str:
+        return (
+            f"sag_scale={self.sag_scale}, blur_sigma={self.blur_sigma}, blur_kernel_size={self.blur_kernel_size}, "
+            f"mask_threshold={self.mask_threshold}, attention={self.tap.path!r}, sigma_range={self.sigma_range}"
+        )

@@ -1,0 +1,32 @@
+"""Queries and keys → how much attention each token receives, without ever holding the whole attention matrix."""
+
+import torch
+from torch import Tensor
+
+MAX_LOGITS = 2**22
+"""Attention logits held at once (float32, so 16 MiB of logits and as much again for their softmax)."""
+
+
+def saliency(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """How much attention each key token receives: the mean over heads and the sum over queries of softmax(q kᵀ · scale).
+
+    Its mean over tokens is 1, so that a token above 1 is looked at more than the average one (Hong et al. 2023,
+    arXiv:2210.00939, section 4.3). The softmax is taken in float32, autocast or not, over chunks of queries.
+
+    Args:
+        q: queries, (b, heads, tokens, dim).
+        k: keys, (b, heads, tokens, dim).
+        scale: what the layer multiplies q kᵀ by, as a rule dim ** -0.5.
+
+    Returns:
+        (b, tokens), float32.
+    """
+    b, heads, queries, _ = q.shape
+    tokens = k.shape[2]
+    with torch.autocast(q.device.type, enabled=False):
+        keys = k.float().mT
+        received = q.new_zeros(b, tokens, dtype=torch.float32)
+        for rows in q.split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=2):
+            attention = (rows.float() @ keys).mul_(scale).softmax(dim=-1)
+            received = received + attention.sum(dim=(1, 2))
+    return received / heads * (tokens / queries)

@@ -1,0 +1,243 @@
+"""Each family is read on the real class from its own package, and compared with the attention that the layer applied."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+import ksag
+from ksag.attention import AttentionTap, find_attention
+from ksag.saliency import saliency
+from tests.conftest import inputs, make_denoiser, randomise
+from tests.reference import applied_attention, saliency_of
+
+
+def compvis_unet():
+    torch.manual_seed(0)
+    return randomise(
+        UNetModel(
+            image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1, attention_resolutions=[1, 2],
+            channel_mult=[1, 2], num_heads=2, use_spatial_transformer=True, transformer_depth=1, context_dim=64,
+        )
+    )  # fmt: skip
+
+
+def diffusers_unet():
+    torch.manual_seed(0)
+    return randomise(
+        UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=64,
+            attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+    )  # fmt: skip
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def record(model, attention, rows, *args, **kwargs):
+    tap = AttentionTap(model, attention, reduce=saliency)
+    with tap.recording(rows) as seen:
+        model(*args, **kwargs)
+    tap.close()
+    return seen.map()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (10, 14)])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("attention", "index"), [("middle", 0), ("u_net.u_blocks.0.1", 1)])
+def test_k_diffusion(denoiser, size, batch, attention, index):
+    x, sigma, cond, _ = inputs(batch, size)
+    seen = record(denoiser, attention, batch, x, sigma, mapping_cond=cond)
+    _, applied = applied_attention(lambda: denoiser(x, sigma, mapping_cond=cond), index)
+    expected = saliency_of(applied, (size[0] // 2, size[1] // 2))
+    torch.testing.assert_close(seen.double(), expected, rtol=1e-5, atol=1e-6)
+    assert expected.std() > 0.01
+
+
+class WatchSoftmax(torch.overrides.TorchFunctionMode):
+    """CompVis's CrossAttention takes a softmax of (b heads, queries, keys), which is the attention itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax):
+            self.results.append(out)
+        return out
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 10)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_compvis(size, batch):
+    model = compvis_unet()
+    args = torch.randn(batch, 4, *size) * 3, torch.full((batch,), 500), torch.randn(batch, 7, 64)
+    grid = (size[0] // 2, size[1] // 2)
+    seen = record(model, "middle", batch, *args)
+    assert find_attention(model, "middle")[0] == "middle_block.1.transformer_blocks.0.attn1"
+    with WatchSoftmax() as watch:
+        model(*args)
+    tokens = grid[0] * grid[1]
+    names = [name for name, _ in model.named_modules() if name.endswith(("attn1", "attn2"))]
+    applied = watch.results[names.index("middle_block.1.transformer_blocks.0.attn1")].double()
+    assert applied.shape == (batch * 2, tokens, tokens)
+    expected = saliency_of(applied.view(batch, 2, tokens, tokens), grid)
+    torch.testing.assert_close(seen.double(), expected, rtol=1e-5, atol=1e-6)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 10)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_diffusers(size, batch):
+    model = diffusers_unet()
+    args = torch.randn(batch, 4, *size) * 3, 500, torch.randn(batch, 7, 64)
+    grid = (size[0] // 2, size[1] // 2)
+    seen = record(model, "middle", batch, *args)
+    assert find_attention(model, "middle")[0] == "mid_block.attentions.0.transformer_blocks.0.attn1"
+    _, applied = applied_attention(lambda: model(*args), 2)  # after attn1 and attn2 of the one attention on the way down
+    expected = saliency_of(applied, grid)
+    torch.testing.assert_close(seen.double(), expected, rtol=1e-5, atol=1e-6)
+    assert expected.std() > 0.01
+
+
+def test_list_attention_leaves_out_cross_attention():
+    # The text's width is the middle's own, so that nothing but its name or flag tells the one from the other
+    for model in compvis_unet(), diffusers_unet():
+        paths = [layer.path for layer in ksag.list_attention(model)]
+        assert len(paths) >= 3 and all(path.endswith("attn1") for path in paths)
+    assert ksag.list_attention(make_denoiser())[0] == ("inner_model.u_net.d_blocks.1.2", "k-diffusion SelfAttention2d", 2)
+
+
+def test_attention_is_named_by_path_from_anywhere_or_by_module(denoiser):
+    layer = denoiser.inner_model.u_net.u_blocks[0][1]
+    for attention in "inner_model.u_net.u_blocks.0.1", "u_net.u_blocks.0.1", layer:
+        assert find_attention(denoiser, attention)[:2] == ("inner_model.u_net.u_blocks.0.1", layer)
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ("u_net.d_blocks.9", r"does not exist in Denoiser. Name one of its 2 self-attention layers .*d_blocks\.1\.2"),
+        ("u_net.d_blocks.1", r"is a DBlock, not a self-attention layer.*d_blocks\.1\.2"),
+        ("out_proj", r"could be any of .*d_blocks\.1\.2\.out_proj"),
+        (torch.nn.Linear(2, 2), "is a Linear that is not part of inner_model"),
+    ],
+)
+def test_a_wrong_name_gets_the_nearest_candidates(denoiser, attention, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionTap(denoiser, attention, reduce=saliency)
+    assert hooks(denoiser) == 0
+
+
+def test_no_self_attention_lists_what_looks_like_it():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.MultiheadAttention(8, 2))
+    with pytest.raises(ValueError, match=r"No self-attention found.*'1' \(MultiheadAttention\).*attention="):
+        ksag.SAGDenoiser(model)
+
+
+def test_no_middle_lists_what_there_is():
+    with pytest.raises(ValueError, match=r"No self-attention found in the middle.*'attentions.0.transformer_blocks.0.attn1'"):
+        ksag.SAGDenoiser(diffusers_unet().down_blocks[0])
+
+
+def test_cross_attention_is_refused():
+    with pytest.raises(ValueError, match="CrossAttention, not a self-attention layer"):
+        ksag.SAGDenoiser(compvis_unet(), attention="middle_block.1.transformer_blocks.0.attn2")
+
+
+def test_only_the_first_rows_are_recorded_however_the_batch_is_chunked(denoiser):
+    x, sigma, cond, _ = inputs(4)
+    tap = AttentionTap(denoiser, "middle", reduce=saliency)
+    with tap.recording(rows=3) as whole:
+        denoiser(x, sigma, mapping_cond=cond)
+    with tap.recording(rows=3) as chunked:
+        for i in range(0, 4, 2):
+            denoiser(x[i : i + 2], sigma[i : i + 2], mapping_cond=cond[i : i + 2])
+    assert whole.map().shape == (3, 8, 12)
+    torch.testing.assert_close(chunked.map(), whole.map(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_does_not_run_is_an_error(denoiser):
+    tap = AttentionTap(denoiser, "middle", reduce=saliency)
+    with tap.recording(rows=2) as seen:
+        pass
+    with pytest.raises(RuntimeError, match="ran for 0 of the latent's 2 samples"):
+        seen.map()
+
+
+def test_hooks_record_nothing_outside_a_recording_and_leave_no_trace(denoiser):
+    before = {name: p.clone() for name, p in denoiser.state_dict().items()}
+    x, sigma, cond, _ = inputs()
+    plain = denoiser(x, sigma, mapping_cond=cond)
+    tap = AttentionTap(denoiser, "middle", reduce=lambda *_: pytest.fail("recorded outside a recording"))
+    assert torch.equal(denoiser(x, sigma, mapping_cond=cond), plain)
+    assert hooks(denoiser) > 0
+    assert denoiser.state_dict().keys() == before.keys()
+    tap.close()
+    tap.close()
+    assert hooks(denoiser) == 0
+
+
+def test_an_error_in_the_middle_of_a_pass_leaves_nothing_recording(denoiser):
+    x, sigma, cond, _ = inputs()
+    tap = AttentionTap(denoiser, "middle", reduce=saliency)
+    fail = denoiser.inner_model.u_net.u_blocks[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), tap.recording(rows=2):
+        denoiser(x, sigma, mapping_cond=cond)
+    fail.remove()
+    tap.reduce = lambda *_: pytest.fail("still recording")
+    denoiser(x, sigma, mapping_cond=cond)
+
+
+def test_dropping_the_wrapper_removes_its_hooks(denoiser):
+    guided = ksag.SAGDenoiser(denoiser)
+    assert hooks(denoiser) > 0
+    del guided
+    gc.collect()
+    assert hooks(denoiser) == 0
+
+
+def test_a_copy_of_a_wrapped_model_works_on_its_own(denoiser):
+    x, sigma, cond, uncond = inputs()
+    guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
+    expected = guided(x, sigma, cond=cond, uncond=uncond)
+    twin = copy.deepcopy(guided)
+    guided.close()
+    assert torch.equal(twin(x, sigma, cond=cond, uncond=uncond), expected)
+    inner = copy.deepcopy(denoiser)
+    assert torch.equal(inner(x, sigma, mapping_cond=cond), denoiser(x, sigma, mapping_cond=cond))
+
+
+def test_two_wrappers_on_one_model_in_two_threads(denoiser):
+    x, sigma, cond, uncond = inputs()
+    wrappers = [
+        ksag.SAGDenoiser(denoiser, 1.0, cond_key="mapping_cond"),
+        ksag.SAGDenoiser(denoiser, 2.0, cond_key="mapping_cond", attention="u_net.u_blocks.0.1"),
+    ]
+    jobs = [(guided, x + i) for guided in wrappers for i in range(2)]  # each wrapper in two threads as well
+    alone = [guided(x, sigma, cond=cond, uncond=uncond) for guided, x in jobs]
+    results = [[] for _ in jobs]
+    barrier = threading.Barrier(len(jobs))
+
+    def work(i):
+        barrier.wait()
+        for _ in range(5):
+            results[i].append(jobs[i][0](jobs[i][1], sigma, cond=cond, uncond=uncond))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, got in zip(alone, results, strict=True):
+        assert len(got) == 5
+        for result in got:
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)

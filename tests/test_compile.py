@@ -1,0 +1,75 @@
+"""Hooks are set once and switched by a flag, so that a compiled model runs them."""
+
+import pytest
+import torch
+
+import ksag
+from tests.conftest import inputs, make_denoiser
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def calls():
+    x, _, cond, uncond = inputs()
+    for sigma in 3.0, 2.0, 1.0:
+        yield x, torch.full((2,), sigma), {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_after_wrapping_gives_the_eager_image(backend, whole):
+    guided = ksag.SAGDenoiser(make_denoiser(), cond_key="mapping_cond")
+    expected = [guided(x, sigma, **args) for x, sigma, args in calls()]
+    unguided = [guided(x, sigma, **args, sag_scale=0.0) for x, sigma, args in calls()]
+    compiled = guided
+    if whole:
+        compiled = torch.compile(guided, fullgraph=True, backend=backend)
+    else:
+        guided.inner_model = torch.compile(guided.inner_model, fullgraph=True, backend=backend)
+    for want, plain, (x, sigma, args) in zip(expected, unguided, calls(), strict=True):
+        got = compiled(x, sigma, **args)
+        assert (got - want).norm() / want.norm() < 1e-5
+        assert (plain - want).norm() / want.norm() > 1e-3
+
+
+def test_does_not_recompile_from_step_to_step():
+    guided = ksag.SAGDenoiser(make_denoiser(), cond_key="mapping_cond")
+    torch._dynamo.utils.counters.clear()
+    guided.inner_model = torch.compile(guided.inner_model, fullgraph=True, backend="aot_eager", dynamic=False)
+    for x, sigma, args in [*calls(), *calls()]:
+        guided(x, sigma, **args)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # [uncond, cond], recorded, and uncond, not recorded
+
+
+def compile_child(denoiser):
+    denoiser.inner_model = torch.compile(denoiser.inner_model, backend="eager")
+
+
+def compile_in_place(denoiser):
+    denoiser.inner_model.compile(backend="eager")
+
+
+def compile_forward(denoiser):
+    denoiser.inner_model.forward = torch.compile(denoiser.inner_model.forward, backend="eager")
+
+
+def compile_layer(denoiser):
+    denoiser.inner_model.u_net.d_blocks[1][2].compile(backend="eager")
+
+
+@pytest.mark.parametrize("compile_", [compile_child, compile_in_place, compile_forward, compile_layer])
+def test_compiled_before_wrapping_is_a_clear_error(compile_):
+    denoiser = make_denoiser()
+    compile_(denoiser)
+    with pytest.raises(RuntimeError, match=r"compiled before it was wrapped.*Wrap first, compile afterwards"):
+        ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
+
+
+def test_a_compiled_denoiser_is_a_clear_error():
+    with pytest.raises(RuntimeError, match="compiled before it was wrapped"):
+        ksag.SAGDenoiser(torch.compile(make_denoiser(), backend="eager"), cond_key="mapping_cond")  # type: ignore

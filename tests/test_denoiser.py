@@ -1,0 +1,379 @@
+import math
+
+import k_diffusion as K
+import pytest
+import torch
+from torch import nn
+
+import ksag
+from tests import reference
+from tests.conftest import inputs
+from tests.test_attention import compvis_unet, diffusers_unet, hooks
+
+
+def wrap(denoiser, *args, **kwargs):
+    return ksag.SAGDenoiser(denoiser, *args, cond_key="mapping_cond", **kwargs)
+
+
+def close_to(actual, expected):
+    """float32 arithmetic over a UNet, three evaluations deep: some 1e-6 of the result's scale."""
+    error = (actual.double() - expected).norm() / expected.norm()
+    assert error < 1e-5, f"relative error {error:.1e}"
+
+
+# The seven steps
+
+
+@pytest.mark.parametrize("batch_cond", [True, False])
+@pytest.mark.parametrize(("sag_scale", "blur_sigma", "kernel_size", "cond_scale", "threshold"),
+                         [(0.5, 2.0, 9, 7.5, 1.0), (-2.0, 1.0, 5, 1.0, 0.8), (5.0, 3.0, 15, 0.0, 1.2)])  # fmt: skip
+@pytest.mark.parametrize(("batch", "size"), [(1, (16, 16)), (3, (18, 26))])
+def test_the_seven_steps(denoiser, batch, size, sag_scale, blur_sigma, kernel_size, cond_scale, threshold, batch_cond):
+    x, sigma, cond, uncond = inputs(batch, size)
+    guided = wrap(denoiser, sag_scale, blur_sigma, blur_kernel_size=kernel_size, mask_threshold=threshold, batch_cond=batch_cond)
+    expected = reference.sag(
+        lambda x, c: denoiser(x, sigma, mapping_cond=c), x, cond, uncond, cond_scale, sag_scale, blur_sigma, kernel_size,
+        grid=(size[0] // 2, size[1] // 2), threshold=threshold,
+    )  # fmt: skip
+    close_to(guided(x, sigma, cond=cond, uncond=uncond, cond_scale=cond_scale), expected)
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_one_prediction_is_both_u_and_cfg(denoiser, conditional):
+    x, sigma, cond, _ = inputs()
+    c = cond if conditional else None
+    expected = reference.sag(lambda x, c: denoiser(x, sigma, mapping_cond=c), x, c, c, 1.0, 0.5, 2.0, 9, grid=(8, 12))
+    args = {"cond": cond} if conditional else {}
+    close_to(wrap(denoiser)(x, sigma, **args), expected)
+
+
+def test_compvis_eps_model():
+    class LatentDiffusion(nn.Module):  # a stand-in for the part of CompVis's LatentDiffusion that k-diffusion calls
+        def __init__(self, unet):
+            super().__init__()
+            self.unet = unet
+            self.alphas_cumprod = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+
+        def apply_model(self, x, t, cond):
+            return self.unet(x, t, cond["c_crossattn"][0])
+
+    denoiser = K.external.CompVisDenoiser(LatentDiffusion(compvis_unet()), quantize=True)
+    x, sigma = torch.randn(2, 4, 10, 12) * 4, torch.full((2,), 4.0)
+    cond, uncond = ({"c_crossattn": [torch.randn(2, 7, 64)]} for _ in range(2))
+    guided = ksag.SAGDenoiser(denoiser, 0.8, 2.0)
+    with guided.trace() as steps:
+        result = guided(x, sigma, cond=cond, uncond=uncond, cond_scale=5.0)
+    u, g = denoiser(x, sigma, cond=uncond).double(), denoiser(x, sigma, cond=cond).double()
+    mask = reference.upsampled((steps[0].saliency > 1).double(), (10, 12))
+    d = mask * reference.blurred(u, 2.0, 9) + (1 - mask) * u
+    r = denoiser((d + x - u).float(), sigma, cond=uncond).double()
+    close_to(result, u + (g - u) * 5 + (d - r) * 0.8)
+
+
+def test_diffusers_unet_with_a_dict_of_keywords():
+    class Eps(K.external.DiscreteEpsDDPMDenoiser):
+        def get_eps(self, *args, **kwargs):
+            return self.inner_model(*args, **kwargs).sample
+
+    unet = diffusers_unet()
+    denoiser = Eps(unet, torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0), quantize=True)
+    x, sigma = torch.randn(2, 4, 10, 12) * 4, torch.full((2,), 4.0)
+    cond, uncond = torch.randn(2, 7, 64), torch.randn(2, 7, 64)
+    guided = ksag.SAGDenoiser(denoiser, cond_key=None)
+    result = guided(x, sigma, cond={"encoder_hidden_states": cond}, uncond={"encoder_hidden_states": uncond}, cond_scale=5.0)
+    expected = reference.sag(
+        lambda x, c: denoiser(x, sigma, encoder_hidden_states=c), x, cond, uncond, 5.0, 0.5, 2.0, 9, grid=(5, 6), index=2
+    )
+    close_to(result, expected)
+
+
+# What runs and what does not
+
+
+class Count(nn.Module):
+    """The denoiser, and the batch of every call that reached it."""
+
+    def __init__(self, inner_model):
+        super().__init__()
+        self.inner_model = inner_model
+        self.batches = []
+
+    def forward(self, x, sigma, **kwargs):
+        self.batches.append(x.shape[0])
+        return self.inner_model(x, sigma, **kwargs)
+
+
+def plain_cfg(denoiser, x, sigma, cond, uncond, cond_scale):
+    u, g = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), mapping_cond=torch.cat([uncond, cond])).chunk(2)
+    return u + (g - u) * cond_scale
+
+
+@pytest.mark.parametrize(
+    "options", [{"sag_scale": 0.0}, {"sigma_range": (0.0, 2.9)}, {"sigma_range": (3.1, math.inf)}, {"blur_kernel_size": 33}]
+)
+def test_plain_cfg_bit_for_bit_without_a_third_pass(denoiser, options):
+    x, sigma, cond, uncond = inputs()
+    count = Count(denoiser)
+    result = wrap(count, **options)(x, sigma, cond=cond, uncond=uncond, cond_scale=3.0)
+    assert torch.equal(result, plain_cfg(denoiser, x, sigma, cond, uncond, 3.0))
+    assert count.batches == [4]
+
+
+@pytest.mark.parametrize(("size", "acts"), [((4, 16), False), ((16, 4), False), ((6, 6), True)])
+def test_a_side_too_small_to_reflect_is_left_unguided(denoiser, size, acts):
+    x, sigma, cond, uncond = inputs(2, size)
+    count = Count(denoiser)
+    wrap(count)(x, sigma, cond=cond, uncond=uncond)
+    assert count.batches == ([4, 2] if acts else [4])
+
+
+def test_sigma_range_includes_its_ends(denoiser):
+    x, sigma, *_ = inputs()
+    count = Count(denoiser)
+    guided = wrap(count, sigma_range=(3.0, 3.0))
+    guided(x, sigma)
+    assert count.batches == [2, 2]
+
+
+def test_uncond_is_evaluated_at_cond_scale_one(denoiser):
+    x, sigma, cond, uncond = inputs()
+    count = Count(denoiser)
+    wrap(count)(x, sigma, cond=cond, uncond=uncond, cond_scale=1.0)
+    assert count.batches == [4, 2]
+
+
+def test_blur_sigma_zero_is_no_guidance_and_no_nan(denoiser):
+    x, sigma, cond, uncond = inputs()
+    result = wrap(denoiser, 5.0, 0.0)(x, sigma, cond=cond, uncond=uncond, cond_scale=3.0)
+    close_to(result, plain_cfg(denoiser, x, sigma, cond, uncond, 3.0).double())
+
+
+def test_extra_args_override_the_constructor(denoiser):
+    x, sigma, cond, uncond = inputs()
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+    overridden = wrap(denoiser, 0.5, 2.0)(x, sigma, **args, sag_scale=1.5, blur_sigma=1.0)
+    assert torch.equal(overridden, wrap(denoiser, 1.5, 1.0)(x, sigma, **args))
+    assert not torch.equal(overridden, wrap(denoiser, 0.5, 2.0)(x, sigma, **args))
+
+
+def test_batch_cond_false_and_unequal_shapes_take_two_passes(denoiser):
+    x, sigma, cond, uncond = inputs()
+    count = Count(denoiser)
+    wrap(count, batch_cond=False)(x, sigma, cond=cond, uncond=uncond)
+    assert count.batches == [2, 2, 2]
+
+
+def test_77_against_154_tokens_equals_each_on_its_own():
+    class Eps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = compvis_unet()
+            self.tokens = []
+
+        def forward(self, x, sigma, cond):
+            self.tokens.append(cond.shape[1])
+            return x - self.unet(x, sigma * 100, cond) * sigma[:, None, None, None]
+
+    denoiser = Eps()
+    x, sigma = torch.randn(2, 4, 8, 8) * 4, torch.full((2,), 4.0)
+    cond, uncond = torch.randn(2, 154, 64), torch.randn(2, 77, 64)
+    result = ksag.SAGDenoiser(denoiser, sag_scale=0.0)(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0)
+    u, g = denoiser(x, sigma, cond=uncond), denoiser(x, sigma, cond=cond)
+    assert torch.equal(result, u + (g - u) * 2.0)
+    denoiser.tokens.clear()
+    ksag.SAGDenoiser(denoiser)(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0)
+    assert denoiser.tokens == [77, 154, 77]
+
+
+def test_unknown_keywords_go_to_every_call_with_a_row_per_sample():
+    class Echo(Count):
+        def forward(self, x, sigma, *, bias, flag, **kwargs):
+            assert flag == "on" and bias.shape[0] == x.shape[0]
+            return super().forward(x, sigma, **kwargs) + bias
+
+    from tests.conftest import make_denoiser
+
+    x, sigma, cond, uncond = inputs()
+    bias = torch.randn(2, 1, 1, 1)
+    echo = Echo(make_denoiser())
+    batched = wrap(echo)(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0, bias=bias, flag="on")
+    assert echo.batches == [4, 2]
+    alone = wrap(echo, batch_cond=False)(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0, bias=bias, flag="on")
+    close_to(batched, alone.double())
+
+
+# Dtypes and gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_of_the_result_is_the_models(denoiser, dtype):
+    x, sigma, cond, uncond = (t.to(dtype) for t in inputs())
+    result = wrap(denoiser.to(dtype))(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0)
+    assert result.dtype == dtype and result.isfinite().all()
+
+
+def test_autocast_around_the_call(denoiser):
+    x, sigma, cond, uncond = inputs()
+    guided = wrap(denoiser)
+    expected = guided(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        cfg = plain_cfg(denoiser, x, sigma, cond, uncond, 2.0)
+        result = guided(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0)
+    assert result.dtype == cfg.dtype and result.isfinite().all()
+    assert (result - expected).norm() / expected.norm() < 0.1
+
+
+def test_gradients_flow_through_all_of_it():
+    from tests.conftest import make_denoiser
+
+    denoiser = make_denoiser().double()
+    x, sigma, cond, uncond = (t.double() for t in inputs(1, (8, 8)))
+    guided = wrap(denoiser, blur_kernel_size=5)
+    x.requires_grad_()
+    weight = torch.randn_like(x)
+
+    def objective(x):
+        return (guided(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0) * weight).sum()
+
+    (grad,) = torch.autograd.grad(objective(x), x)
+    direction = torch.randn_like(x)
+    with torch.no_grad():
+        numeric = (objective(x + 1e-6 * direction) - objective(x - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close((grad * direction).sum(), numeric, rtol=1e-6, atol=0)
+
+
+# trace, close, repr
+
+
+def test_trace_keeps_what_each_guided_call_computed(denoiser):
+    x, sigma, cond, uncond = inputs()
+    guided = wrap(denoiser, 0.7, 1.5)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+    guided(x, sigma, **args)
+    with guided.trace() as steps:
+        result = guided(x, sigma, **args)
+        guided(x, sigma, **args, sag_scale=0.0)
+    guided(x, sigma, **args)
+    (step,) = steps
+    u, d, r = step.uncond, step.degraded, step.reevaluated
+    assert torch.equal(step.sigma, sigma) and step.saliency.shape == (2, 8, 12) and step.mask.shape == (2, 1, 16, 24)
+    torch.testing.assert_close(u, denoiser(x, sigma, mapping_cond=uncond), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(r, denoiser(d + (x - u), sigma, mapping_cond=uncond), rtol=1e-4, atol=1e-5)
+    cfg = plain_cfg(denoiser, x, sigma, cond, uncond, 2.0)
+    torch.testing.assert_close(result, cfg + (d - r) * 0.7)
+    assert 0 < step.mask.mean() < 1
+    assert all(t.device.type == "cpu" for t in step)
+
+
+def test_close_and_with_remove_every_hook(denoiser):
+    x, sigma, cond, uncond = inputs()
+    with wrap(denoiser) as guided:
+        assert hooks(denoiser) > 0
+    assert hooks(denoiser) == 0
+    assert torch.equal(guided(x, sigma, cond=cond, uncond=uncond, sag_scale=0.0), plain_cfg(denoiser, x, sigma, cond, uncond, 1.0))
+    with pytest.raises(RuntimeError, match="closed"):
+        guided(x, sigma, cond=cond, uncond=uncond)
+
+
+def test_state_dict_is_the_inner_models(denoiser):
+    guided = wrap(denoiser)
+    assert guided.state_dict().keys() == {f"inner_model.{name}" for name in denoiser.state_dict()}
+    assert "attention='inner_model.u_net.d_blocks.1.2'" in repr(guided)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sag_scale": math.nan}, ValueError, "sag_scale must be a finite number, got nan"),
+        ({"sag_scale": math.inf}, ValueError, "sag_scale must be a finite number, got inf"),
+        ({"blur_sigma": math.nan}, ValueError, "blur_sigma must be a finite number, got nan"),
+        ({"blur_sigma": -1.0}, ValueError, "0 .no blur. or more, got -1.0"),
+        ({"blur_kernel_size": 8}, ValueError, "odd number of latent pixels, such as 9, got 8"),
+        ({"blur_kernel_size": 0}, ValueError, "odd number"),
+        ({"mask_threshold": math.nan}, ValueError, "mask_threshold must be a finite number"),
+        ({"sigma_range": (5.0, 1.0)}, ValueError, r"\(lowest, highest\) sigma, got \(5.0, 1.0\)"),
+        ({"sigma_range": (math.nan, 1.0)}, ValueError, "sigma_range"),
+    ],
+)
+def test_bad_parameters(denoiser, options, error, message):
+    with pytest.raises(error, match=message):
+        wrap(denoiser, **options)
+    assert hooks(denoiser) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 16)}, ValueError, r"x must be a latent of shape \(b, c, h, w\), got \(2, 3, 16\)"),
+        ({"sigma": torch.ones(3)}, ValueError, r"each of the 2 samples, shape \(2,\), got \(3,\)"),
+        ({"sigma": torch.tensor(1.0)}, ValueError, r"got \(\)"),
+        ({"uncond": torch.zeros(3, 10)}, ValueError, r"uncond has shape \(3, 10\), but the latent is a batch of 2"),
+        ({"uncond": [torch.zeros(2, 10)]}, ValueError, "must be the same on both sides"),
+        ({"uncond": None, "cond_scale": 7.5}, ValueError, "cond_scale=7.5 .* uncond is missing"),
+        ({"cond": None}, ValueError, "uncond came without cond"),
+        ({"sag_scale": math.nan}, ValueError, "sag_scale must be a finite number, got nan"),
+        ({"blur_sigma": math.inf}, ValueError, "blur_sigma must be a finite number, got inf"),
+        ({"blur_sigma": -0.5}, ValueError, "got -0.5"),
+    ],
+)
+def test_bad_calls(denoiser, change, error, message):
+    x, sigma, cond, uncond = inputs()
+    guided = wrap(denoiser)
+    good = {"x": x, "sigma": sigma, "cond": cond, "uncond": uncond}
+    expected = guided(**good)
+    with pytest.raises(error, match=message):
+        guided(**{**good, **change})
+    assert torch.equal(guided(**good), expected)
+
+
+def test_an_inner_model_that_raises_leaves_nothing_recording(denoiser):
+    x, sigma, cond, uncond = inputs()
+    guided = wrap(denoiser)
+    expected = guided(x, sigma, cond=cond, uncond=uncond)
+    for block in denoiser.inner_model.u_net.d_blocks[0], denoiser.inner_model.u_net.u_blocks[0]:  # before and after the layer
+        handle = block.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            guided(x, sigma, cond=cond, uncond=uncond)
+        handle.remove()
+        assert not guided.tap._by_thread and guided.tap._traced is None
+        assert torch.equal(guided(x, sigma, cond=cond, uncond=uncond), expected)
+
+
+def test_an_inner_model_that_is_no_module_or_no_denoiser():
+    with pytest.raises(TypeError, match=r"inner_model must be an nn.Module .* got function"):
+        ksag.SAGDenoiser(lambda x, sigma: x)  # type: ignore
+    guided = ksag.SAGDenoiser(diffusers_unet(), cond_key="encoder_hidden_states")
+    with pytest.raises(TypeError, match=r"must return the denoised latent, .* got UNet2DConditionOutput"):
+        guided(torch.randn(2, 4, 8, 8), torch.ones(2), cond=torch.randn(2, 7, 64))
+
+
+def test_cond_key_none_needs_a_dict(denoiser):
+    x, sigma, cond, _ = inputs()
+    with pytest.raises(TypeError, match="cond must be a dict of inner_model's keywords, got Tensor"):
+        ksag.SAGDenoiser(denoiser, cond_key=None)(x, sigma, cond=cond)
+
+
+def test_projections_changed_after_wrapping_are_an_error_not_an_unguided_image():
+    class Denoiser(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = diffusers_unet()
+
+        def forward(self, x, sigma, cond):
+            return self.unet(x, 500, cond).sample
+
+    args = torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 7, 64)
+    guided = ksag.SAGDenoiser(Denoiser())
+    guided(*args)
+    guided.inner_model.unet.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match=r"ran for 0 of the latent's 1 samples .* wrap it anew"):
+        guided(*args)
+
+    guided = ksag.SAGDenoiser(Denoiser())
+    layer = guided.tap.layer
+    layer.to_q = nn.Sequential(layer.to_q, nn.Linear(64, 64))  # what a LoRA does to a projection
+    with pytest.raises(RuntimeError, match=r"attn1.to_q was replaced since .* Wrap the model anew"):
+        guided(*args)

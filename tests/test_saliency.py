@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+import ksag.saliency
+from ksag.saliency import saliency
+
+
+def dense(q, k, scale):
+    """The definition, written out in float64: mean over heads, sum over queries, mean over tokens 1."""
+    attention = torch.softmax(torch.einsum("bhid,bhjd->bhij", q.double(), k.double()) * scale, dim=-1)
+    return attention.mean(1).sum(1) * k.shape[2] / q.shape[2]
+
+
+@pytest.mark.parametrize("budget", [2**22, 1000, 1])
+def test_is_the_same_in_any_chunks(monkeypatch, budget):
+    monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", budget)
+    q, k = torch.randn(3, 2, 35, 16), torch.randn(3, 2, 35, 16)
+    torch.testing.assert_close(saliency(q, k, 0.25).double(), dense(q, k, 0.25), rtol=1e-5, atol=0)
+
+
+def test_mean_over_tokens_is_one():
+    q, k = torch.randn(2, 4, 64, 8) * 5, torch.randn(2, 4, 64, 8) * 5
+    torch.testing.assert_close(saliency(q, k, 8**-0.5).mean(1), torch.ones(2), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    # Logits of about 1e5 overflow float16 and would come out as NaN
+    q, k = (torch.randn(1, 2, 16, 8) * 200).to(dtype), (torch.randn(1, 2, 16, 8) * 200).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = saliency(q, k, 1.0)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), dense(q, k, 1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_never_holds_the_whole_attention(monkeypatch):
+    monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", 4096)
+    sizes = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not out._is_view():
+                sizes.append(out.numel())
+            return out
+
+    q, k = torch.randn(1, 2, 256, 4), torch.randn(1, 2, 256, 4)
+    with Watch():
+        saliency(q, k, 0.5)
+    assert max(sizes) <= 4096 < 2 * 256 * 256
