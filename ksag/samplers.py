@@ -1,0 +1,67 @@
+"""k-diffusion's samplers under one call, reproducible sample by sample."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SAMPLERS = (
+    "euler", "euler_ancestral", "heun", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive",
+    "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde",
+)  # fmt: skip
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator for each sample, so that its noise depends on neither the batch nor the device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device: str | torch.device = "cpu") -> Tensor:
+    """(len(generators), *shape) of standard normal noise, a row from each generator."""
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
+
+
+def sample(
+    sampler: str,
+    model: nn.Module,
+    shape: Sequence[int],
+    sigmas: Tensor,
+    seeds: Sequence[int],
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> Tensor:
+    """Samples one image for each seed; the same seed gives the same image in any batch, to rounding.
+
+    (`dpm_adaptive` alone chooses its steps by the error of the whole batch.)
+
+    Args:
+        sampler: one of `SAMPLERS`, that is `K.sampling.sample_{sampler}`.
+        model: a denoiser, guided or not.
+        shape: (c, h, w) of a sample.
+        sigmas: (steps + 1,) noise levels, at least 2 steps, from the highest to 0, on the model's device.
+        seeds: one for each sample.
+        extra_args: passed to the model at every call.
+        callback: k-diffusion's, called at every step.
+
+    Returns:
+        (len(seeds), c, h, w).
+    """
+    import k_diffusion as K  # here, because it takes seconds, and the names above are needed without it
+
+    function = getattr(K.sampling, f"sample_{sampler}")
+    parameters = inspect.signature(function).parameters
+    rngs = generators(seeds)
+    x = randn(shape, rngs, sigmas.device) * sigmas[0]
+    options: dict[str, Any] = {"extra_args": extra_args, "callback": callback, "disable": True}
+    if sampler.endswith("sde"):
+        # a little wider than the sigmas, which come back from their logarithms rounded
+        options["noise_sampler"] = K.sampling.BrownianTreeNoiseSampler(x, sigmas[-2] * 0.99, sigmas[0] * 1.01, seed=list(seeds))
+    elif "noise_sampler" in parameters:
+        options["noise_sampler"] = lambda sigma, sigma_next: randn(shape, rngs, sigmas.device)
+    if "sigmas" in parameters:
+        return function(model, x, sigmas, **options)
+    if "n" in parameters:
+        options["n"] = len(sigmas) - 1
+    return function(model, x, float(sigmas[-2]), float(sigmas[0]), **options)

@@ -1,0 +1,46 @@
+"""What a fresh machine relies on."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import ksag
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_k_diffusion_imports():
+    """setuptools 82 has no pkg_resources, without which clip, and so k-diffusion, fails to import."""
+    result = python("import k_diffusion")
+    assert result.returncode == 0, result.stderr
+    assert any(r.startswith("setuptools") and "<82" in r for r in importlib.metadata.requires("ksag") or [])
+
+
+def test_import_ksag_is_light():
+    heavy = {"k_diffusion", "click", "PIL", "torchvision", "tqdm", "safetensors", "diffusers", "matplotlib", "scipy"}
+    result = python(f"import sys, torch; before = set(sys.modules); import ksag; print({heavy!r} & (set(sys.modules) - before))")
+    assert result.stdout.strip() == "set()", result.stdout + result.stderr
+
+
+def test_the_first_rooms_know_torch_only():
+    for room in "denoiser", "attention", "saliency", "degrade", "conditioning", "checks":
+        tree = ast.parse((ROOT / f"ksag/{room}.py").read_text())
+        imports = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+        imports += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        foreign = {i.split(".")[0] for i in imports} - set(sys.stdlib_module_names) - {"torch", "einops", "ksag"}
+        assert not foreign, f"ksag/{room}.py imports {foreign}"
+
+
+def test_python_m_ksag():
+    result = subprocess.run([sys.executable, "-m", "ksag", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0 and ksag.__version__ in result.stdout
+
+
+def test_the_version_is_in_the_changelog():
+    assert f"## {ksag.__version__}" in (ROOT / "CHANGELOG.md").read_text()

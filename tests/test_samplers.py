@@ -1,0 +1,81 @@
+"""Every sampler of k-diffusion takes a SAGDenoiser as it takes any model."""
+
+import inspect
+
+import k_diffusion as K
+import pytest
+import torch
+from torch import nn
+
+import ksag
+from ksag.samplers import SAMPLERS, sample
+from tests import reference
+from tests.conftest import inputs
+
+EXPECTED_SAMPLERS = {
+    "euler", "euler_ancestral", "heun", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral",
+    "dpmpp_sde", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde",
+}  # fmt: skip
+
+
+class Reference(nn.Module):
+    """The design's seven steps, computed independently, as a model for the same samplers."""
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x, sigma, cond, uncond, cond_scale):
+        def D(x, c):
+            return self.denoiser(x, sigma, mapping_cond=c)
+
+        return reference.sag(D, x, cond, uncond, cond_scale, 0.5, 2.0, 9, grid=(6, 8)).to(x.dtype)
+
+
+def test_all_of_k_diffusions_samplers_are_named():
+    of_k_diffusion = {name.removeprefix("sample_") for name, _ in inspect.getmembers(K.sampling) if name.startswith("sample_")}
+    assert set(SAMPLERS) == EXPECTED_SAMPLERS == of_k_diffusion
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampler_gives_the_image_of_the_reference(denoiser, sampler):
+    _, _, cond, uncond = inputs()
+    sigmas = K.sampling.get_sigmas_karras(6, 0.05, 10.0)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+    guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
+    with guided.trace() as steps:
+        result = sample(sampler, guided, (3, 12, 16), sigmas, [0, 1], args)
+    expected = sample(sampler, Reference(denoiser), (3, 12, 16), sigmas, [0, 1], args)
+    unguided = sample(sampler, guided, (3, 12, 16), sigmas, [0, 1], {**args, "sag_scale": 0.0})
+    assert len(steps) >= 5
+    # A token whose saliency is the threshold to rounding may fall on either side; none does here
+    assert (result - expected).norm() / expected.norm() < 1e-4
+    assert (result - unguided).norm() / expected.norm() > 1e-2
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "dpm_adaptive"])
+def test_the_same_seed_gives_the_same_image_in_any_batch(denoiser, sampler):
+    _, _, cond, uncond = inputs(3)
+    sigmas = K.sampling.get_sigmas_karras(5, 0.05, 10.0)
+    guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
+
+    def images(seeds, rows):
+        args = {"cond": cond[rows], "uncond": uncond[rows], "cond_scale": 2.0}
+        return sample(sampler, guided, (3, 12, 12), sigmas, seeds, args)
+
+    together = images([7, 8, 9], slice(0, 3))
+    assert torch.equal(images([7, 8, 9], slice(0, 3)), together)
+    torch.testing.assert_close(images([8], slice(1, 2)), together[1:2], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(together[0], together[1])
+
+
+def test_log_likelihood_differentiates_through_the_guidance(denoiser):
+    x = inputs(2, (12, 12))[0] * 0.1
+    guided = ksag.SAGDenoiser(denoiser, 0.5, cond_key="mapping_cond")
+    results = []
+    for scale in 0.5, 0.0:
+        torch.manual_seed(0)
+        args = {"sag_scale": scale}
+        results.append(K.sampling.log_likelihood(guided, x, 0.5, 10.0, extra_args=args, atol=1e-3, rtol=1e-3)[0])
+    assert results[0].shape == (2,) and results[0].isfinite().all()
+    assert not torch.allclose(results[0], results[1])
