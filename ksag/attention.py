@@ -251,7 +251,7 @@ class AttentionTap:
     @contextlib.contextmanager
     def recording(self, rows: int) -> Iterator[Recording]:
         """Records the first `rows` samples that go through the layer, until the block is left, however it is left."""
-        for name, module in self._sources.items():
+        for name, module in self._sources.items() if rows else ():
             if getattr(self.layer, name) is not module:
                 raise RuntimeError(f"{self.path}.{name} was replaced since it was wrapped (by a LoRA?). Wrap the model anew.")
         recording = self._traced = Recording(rows, self.path)

@@ -118,7 +118,7 @@ def run(
 ) -> Tensor:
     """The samples, on the CPU, under a progress bar."""
     total = None if sampler in ("dpm_fast", "dpm_adaptive") else steps
-    with tqdm(total=total, desc=desc, unit=" steps") as bar:
+    with tqdm(total=total, desc=desc, unit="step") as bar:
         return sample(sampler, guided, model.shape, model.sigmas(steps), seeds, args, lambda _: bar.update()).cpu()
 
 

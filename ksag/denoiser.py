@@ -125,17 +125,16 @@ class SAGDenoiser(nn.Module):
         blur_sigma = self.blur_sigma if blur_sigma is None else checks.blur_sigma(blur_sigma)
         checks.call(x, sigma, cond, uncond, cond_scale, self.cond_key)
 
-        if not self._acts(x, sigma, sag_scale):
-            u, g = self._predict(x, sigma, cond, uncond, kwargs)
-            return g if u is None else u + (g - u) * cond_scale
+        acts = self._acts(x, sigma, sag_scale)
 
         # 1. The predictions; the tap sees the uncond half, which comes first
-        with self.tap.recording(rows=x.shape[0]) as seen:
+        with self.tap.recording(rows=x.shape[0] if acts else 0) as seen:
             u, g = self._predict(x, sigma, cond, uncond, kwargs)
 
         # 2. Classifier-free guidance
-        cfg = g if u is None else u + (g - u) * cond_scale
-        u, c = (g, cond) if u is None else (u, uncond)
+        cfg = u + (g - u) * cond_scale
+        if not acts:
+            return cfg
 
         # 3., 4. Where the model looks
         attended = seen.map()
@@ -143,10 +142,12 @@ class SAGDenoiser(nn.Module):
 
         # 5., 6. That taken away, and what the model makes of it under the same noise
         d = degrade(u, mask, blur_sigma, self.blur_kernel_size)
-        r = self._denoise(d + (x - u), sigma, c, kwargs)
+        kept = self._copies(sigma, attended, mask, u, d)  # now, because a CUDA graph's next pass overwrites u
+        r = self._denoise(d + (x - u), sigma, cond if uncond is None else uncond, kwargs)
 
         # 7. Away from it
-        self._trace(sigma, attended, mask, u, d, r)
+        for steps in self._traces:
+            steps.append(TraceStep(*kept, *self._copies(r)))
         return cfg + (d - r) * sag_scale
 
     def _acts(self, x: Tensor, sigma: Tensor, sag_scale: float) -> bool:
@@ -160,10 +161,11 @@ class SAGDenoiser(nn.Module):
 
     def _predict(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, uncond: Conditioning, kwargs: dict[str, Any]
-    ) -> tuple[Tensor | None, Tensor]:
-        """The predictions for uncond (None where there is none) and cond: one batch if they can be batched, else two."""
+    ) -> tuple[Tensor, Tensor]:
+        """The predictions for uncond and cond, in one batch if they can be batched; without uncond, the one twice."""
         if uncond is None:
-            return None, self._denoise(x, sigma, cond, kwargs)
+            u = self._denoise(x, sigma, cond, kwargs)
+            return u, u
         if self.batch_cond and batchable(uncond, cond):
             both = self._denoise(
                 torch.cat([x, x]), torch.cat([sigma, sigma]), concatenate(uncond, cond), repeat(kwargs, x.shape[0])
@@ -193,11 +195,8 @@ class SAGDenoiser(nn.Module):
         finally:
             self._traces = [trace for trace in self._traces if trace is not steps]
 
-    def _trace(self, *values: Tensor) -> None:
-        if self._traces:
-            step = TraceStep(*(value.detach().to("cpu", copy=True) for value in values))
-            for steps in self._traces:
-                steps.append(step)
+    def _copies(self, *values: Tensor) -> list[Tensor]:
+        return [value.detach().to("cpu", copy=True) for value in values] if self._traces else []
 
     def close(self) -> None:
         """Removes every hook from `inner_model`. What is left still does plain guidance at `sag_scale` 0."""
