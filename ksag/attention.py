@@ -1,11 +1,9 @@
 """Where a UNet keeps its self-attention, and forward hooks that catch one layer's queries and keys as it runs.
 
-    tap = AttentionTap(inner_model, "middle", reduce=saliency)
-    with tap.recording(rows=x.shape[0]) as seen:
-        inner_model(x, sigma)
-    seen.map()                                                     # (b, h', w')
-
-A new way of writing attention is one more entry in `FAMILIES`.
+tap = AttentionTap(inner_model, "middle", reduce=saliency)
+with tap.recording(rows=x.shape[0]) as seen:
+    inner_model(x, sigma)
+seen.map()                                                     # (b, h', w')
 """
 
 import contextlib
@@ -17,60 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
+
+from ksag.families import Family, family_of
 
 Reduce: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
 """q and k (b, heads, tokens, dim) and the layer's scale → (b, tokens)."""
-
-
-# One reader per way of writing attention
-
-
-class Family(NamedTuple):
-    """How to know a self-attention layer, which of its submodules to hook, and how to read their outputs."""
-
-    name: str
-    heads: str
-    sources: tuple[str, ...]
-    matches: Callable[[nn.Module, str], bool]
-    read: Callable[..., tuple[Tensor, Tensor, float]]
-
-
-def _is_fused_conv(layer: nn.Module, path: str) -> bool:
-    return isinstance(getattr(layer, "qkv_proj", None), nn.Conv2d) and hasattr(layer, "n_head")
-
-
-def _read_fused_conv(layer: Any, qkv: Tensor) -> tuple[Tensor, Tensor, float]:
-    q, k, _ = rearrange(qkv, "b (three heads d) h w -> three b heads (h w) d", three=3, heads=layer.n_head)
-    return q, k, q.shape[-1] ** -0.5
-
-
-def _is_to_q_to_k(layer: nn.Module, path: str) -> bool:
-    # Nothing in a CompVis CrossAttention says whether it reads the image or the text, but its transformer block
-    # calls the one attn1 and the other attn2; diffusers says it outright, and its added keys are text as well.
-    to_q, to_k = getattr(layer, "to_q", None), getattr(layer, "to_k", None)
-    return (
-        isinstance(to_q, nn.Module)
-        and isinstance(to_k, nn.Module)
-        and hasattr(layer, "heads")
-        and getattr(to_q, "in_features", None) == getattr(to_k, "in_features", None)
-        and not getattr(layer, "is_cross_attention", False)
-        and getattr(layer, "added_kv_proj_dim", None) is None
-        and path.rpartition(".")[2] != "attn2"
-    )
-
-
-def _read_to_q_to_k(layer: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float]:
-    q = rearrange(q, "b n (heads d) -> b heads n d", heads=layer.heads)
-    k = rearrange(k, "b n (heads d) -> b heads n d", heads=layer.heads)
-    return q, k, getattr(layer, "scale", q.shape[-1] ** -0.5)
-
-
-FAMILIES = (
-    Family("k-diffusion SelfAttention2d", "n_head", ("qkv_proj",), _is_fused_conv, _read_fused_conv),
-    Family("CompVis / SGM / diffusers", "heads", ("to_q", "to_k"), _is_to_q_to_k, _read_to_q_to_k),
-)
 
 
 # Where a UNet keeps its layers
@@ -96,7 +46,7 @@ def list_attention(inner_model: nn.Module) -> list[AttentionLayer]:
     return [
         AttentionLayer(path, family.name, getattr(layer, family.heads))
         for path, layer in inner_model.named_modules()
-        if (family := _family(layer, path))
+        if (family := family_of(layer, path))
     ]
 
 
@@ -118,17 +68,13 @@ def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[
     else:
         path = _resolve(inner_model, attention)
     layer = inner_model.get_submodule(path)
-    family = _family(layer, path)
+    family = family_of(layer, path)
     if family is None:
         raise ValueError(
             f"attention={path!r} is a {type(layer).__name__}, not a self-attention layer that ksag can read. "
             f"{_hint(inner_model, path)}"
         )
     return path, layer, family
-
-
-def _family(layer: nn.Module, path: str) -> Family | None:
-    return next((family for family in FAMILIES if family.matches(layer, path)), None)
 
 
 def _middle(inner_model: nn.Module) -> str:
