@@ -1,0 +1,1 @@
+"""Foreign UNets and their schedules as k-diffusion denoisers, one file per library."""
