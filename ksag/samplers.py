@@ -57,9 +57,11 @@ def sample(
     options: dict[str, Any] = {"extra_args": extra_args, "callback": callback, "disable": True}
     if sampler.endswith("sde"):
         # a little wider than the sigmas, which come back from their logarithms rounded
-        options["noise_sampler"] = K.sampling.BrownianTreeNoiseSampler(x, sigmas[-2] * 0.99, sigmas[0] * 1.01, seed=list(seeds))
+        low, high = float(sigmas[-2]) * 0.99, float(sigmas[0]) * 1.01
+        tree = K.sampling.BrownianTreeNoiseSampler(x.cpu(), low, high, seed=list(seeds))
+        options["noise_sampler"] = lambda sigma, sigma_next: tree(sigma.cpu(), sigma_next.cpu()).to(x)
     elif "noise_sampler" in parameters:
-        options["noise_sampler"] = lambda sigma, sigma_next: randn(shape, rngs, sigmas.device)
+        options["noise_sampler"] = lambda sigma, sigma_next: randn(shape, rngs, x.device)
     if "sigmas" in parameters:
         return function(model, x, sigmas, **options)
     if "n" in parameters:
