@@ -2,4 +2,5 @@
 
 from ksag.cli import main
 
-main(prog_name="python -m ksag")
+if __name__ == "__main__":
+    main(prog_name="python -m ksag")
