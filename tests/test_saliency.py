@@ -27,10 +27,16 @@ def test_mean_over_tokens_is_one():
 def test_half_precision_is_computed_in_float32(dtype):
     # Logits of about 1e5 overflow float16 and would come out as NaN
     q, k = (torch.randn(1, 2, 16, 8) * 200).to(dtype), (torch.randn(1, 2, 16, 8) * 200).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        result = saliency(q, k, 1.0)
+    result = saliency(q, k, 1.0)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), dense(q, k, 1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_does_not_lower_the_precision():
+    q, k = torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8)
+    expected = saliency(q, k, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(saliency(q, k, 1.0), expected)
 
 
 def test_never_holds_the_whole_attention(monkeypatch):
