@@ -9,6 +9,7 @@ seen.map()                                                     # (b, h', w')
 import contextlib
 import difflib
 import functools
+import html
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -17,41 +18,92 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ksag.families import Family, family_of
+from ksag.families import FAMILIES, Applied, Family, Outputs, WatchSDPA, family_of, is_cross_attention, read_sdpa
 
-Reduce: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
-"""q and k (b, heads, tokens, dim) and the layer's scale → (b, tokens)."""
+Reduce: TypeAlias = Callable[[Tensor, Tensor, float, int], Tensor]
+"""q (b, heads, tokens, dim), k (b, heads, memory + tokens, dim), the layer's scale, and memory → (b, tokens)."""
 
 
 # Where a UNet keeps its layers
 
 
 class AttentionLayer(NamedTuple):
-    """A self-attention layer that ksag can read."""
+    """A self-attention layer, or in a model where ksag knows none, a module that looks like one."""
 
     path: str
     family: str
-    heads: int
+    heads: int | None
+    """None where ksag does not know how the layer holds it."""
+    grid: tuple[int, int] | None
+    """(h', w') that an open wrapper saw when it last looked at the layer; None before."""
 
 
-def list_attention(inner_model: nn.Module) -> list[AttentionLayer]:
+class AttentionLayers(list[AttentionLayer]):
+    """A list that shows as a table."""
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = [(path, family, f"{heads or '?'}", "×".join(map(str, grid or "?"))) for path, family, heads, grid in self]
+        return [AttentionLayer._fields, *rows]
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no attention found"
+        widths = [max(map(len, column)) for column in zip(*self._cells(), strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in self._cells())
+
+    def _repr_html_(self) -> str:
+        head, *rows = ([html.escape(cell) for cell in row] for row in self._cells())
+        body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+        return f"<table><thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead><tbody>{body}</tbody></table>"
+
+
+def list_attention(inner_model: nn.Module) -> AttentionLayers:
     """Every self-attention layer of `inner_model` that ksag can read, in the order of `inner_model.named_modules()`.
 
-    Each `path` can be given to `SAGDenoiser(inner_model, attention=path)`.
+    Each `path` can be given to `SAGDenoiser(inner_model, attention=path)`. In a model of no family that ksag knows, it
+    lists what looks like attention by the name of its class. Whether such a module can be read shows when it runs: ksag
+    then looks for its call of `torch.nn.functional.scaled_dot_product_attention`.
 
     >>> import ksag.zoo
-    >>> ksag.list_attention(ksag.zoo.load())[0]
-    AttentionLayer(path='inner_model.u_net.d_blocks.1.2', family='k-diffusion SelfAttention2d', heads=2)
+    >>> ksag.list_attention(ksag.zoo.load())  # doctest: +ELLIPSIS
+    path                            family                       heads  grid
+    inner_model.u_net.d_blocks.1.2  k-diffusion SelfAttention2d  2      ?
+    ...
     """
-    return [
-        AttentionLayer(path, family.name, getattr(layer, family.heads))
-        for path, layer in inner_model.named_modules()
+    modules = list(inner_model.named_modules())
+    readable = [
+        AttentionLayer(path, family.name, getattr(layer, family.heads), _grid_seen(layer))
+        for path, layer in modules
         if (family := family_of(layer, path))
     ]
+    return AttentionLayers(readable or [_unknown(path, module) for path, module in modules if _looks_like_attention(module)])
 
 
-def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[str, nn.Module, Family]:
+def _looks_like_attention(module: nn.Module) -> bool:
+    return re.search("att", type(module).__name__, re.I) is not None
+
+
+def _unknown(path: str, module: nn.Module) -> AttentionLayer:
+    how = "cannot be read" if _is_unreadable(module, path) else "by path, if it calls scaled_dot_product_attention"
+    heads = (getattr(module, name, None) for name in sorted({family.heads for family in FAMILIES}))
+    known = next((n for n in heads if isinstance(n, int)), None)
+    return AttentionLayer(path, f"unknown {type(module).__name__}: {how}", known, _grid_seen(module))
+
+
+def _is_unreadable(module: nn.Module, path: str) -> bool:
+    """Whether no call of scaled_dot_product_attention in there could be seen, or be the image's own attention."""
+    return type(module).__module__.startswith("torch.nn.") or is_cross_attention(module, path)
+
+
+def _grid_seen(layer: nn.Module) -> tuple[int, int] | None:
+    taps = (getattr(hook, "__self__", None) for hook in layer._forward_hooks.values())
+    return next((tap.grid for tap in taps if isinstance(tap, AttentionTap) and tap.grid), None)
+
+
+def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[str, nn.Module, Family | None]:
     """The layer that `attention` names: "middle", a dotted path in `inner_model` or in a UNet it holds, or the module.
+
+    Its family is None if ksag knows none that fits: only the layer's call of scaled_dot_product_attention can tell then.
 
     Raises:
         ValueError: there is none, or it is no self-attention that ksag can read; the message lists what there is.
@@ -69,7 +121,8 @@ def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[
         path = _resolve(inner_model, attention)
     layer = inner_model.get_submodule(path)
     family = family_of(layer, path)
-    if family is None:
+    holds_readable = any(inside.startswith(f"{path}." if path else "") for inside in _readable(inner_model))
+    if family is None and (holds_readable or _is_unreadable(layer, path)):
         raise ValueError(
             f"attention={path!r} is a {type(layer).__name__}, not a self-attention layer that ksag can read. "
             f"{_hint(inner_model, path)}"
@@ -77,17 +130,25 @@ def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[
     return path, layer, family
 
 
+def _readable(inner_model: nn.Module) -> list[str]:
+    return [path for path, layer in inner_model.named_modules() if family_of(layer, path)]
+
+
 def _middle(inner_model: nn.Module) -> str:
-    """The first self-attention of the UNet's middle block; k-diffusion's own UNet has its deepest level instead."""
-    paths = [layer.path for layer in list_attention(inner_model)]
+    """The first self-attention of the UNet's middle, or else of its deepest level; a plain stack of blocks has its middle one."""
+    paths = _readable(inner_model)
     for path in paths:
-        if re.search(r"(^|\.)(middle_block|mid_block)\.", path):
+        if re.search(r"(^|\.)(middle_block|mid_block|mid_attn|mid_level|mids)(\.|$)", path):
             return path
-    levels = [(int(level[1]), path) for path in paths if (level := re.search(r"(?:^|\.)d_blocks\.(\d+)\.", path))]
-    if not levels:
-        raise ValueError(f"No self-attention found in the middle of {type(inner_model).__name__}. {_hint(inner_model)}")
-    deepest = max(level for level, _ in levels)
-    return next(path for level, path in levels if level == deepest)
+    for level, deepest in (r"(?:d_blocks|downs)\.(\d+)", max), (r"(?:enc|dec)\.(\d+)x\d+_\w+", min):
+        levels = [(int(match[1]), path) for path in paths if (match := re.search(rf"(?:^|\.){level}(?:\.|$)", path))]
+        if levels:
+            target = deepest(levels)[0]
+            return next(path for number, path in levels if number == target)
+    stack = [path for path in paths if re.search(r"(^|\.)blocks\.\d+\.", path)]
+    if stack:
+        return stack[len(stack) // 2]
+    raise ValueError(f"No self-attention found in the middle of {type(inner_model).__name__}. {_hint(inner_model)}")
 
 
 def _resolve(inner_model: nn.Module, path: str) -> str:
@@ -102,17 +163,17 @@ def _resolve(inner_model: nn.Module, path: str) -> str:
 
 def _hint(inner_model: nn.Module, path: str = "") -> str:
     """What to give as attention=: the nearest readable layers, or the modules that look like attention."""
-    readable = [layer.path for layer in list_attention(inner_model)]
-    if readable:
+    if readable := _readable(inner_model):
         inside = [p for p in readable if path and p.startswith(f"{path}.")]
         nearest = inside or difflib.get_close_matches(path, readable, n=5, cutoff=0.0)
         examples = ", ".join(map(repr, nearest[:5]))
         return f"Name one of its {len(readable)} self-attention layers as attention=, for example {examples}."
-    similar = [f"{p!r} ({type(m).__name__})" for p, m in inner_model.named_modules() if re.search("att", type(m).__name__, re.I)]
-    candidates = f"These look like attention in a form that it cannot read: {', '.join(similar[:5])}. " if similar else ""
+    similar = [f"{layer.path!r} ({layer.family})" for layer in list_attention(inner_model)]
+    candidates = f"These look like attention: {', '.join(similar[:5])}. " if similar else ""
+    known = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
     return (
-        f"ksag reads layers with to_q, to_k and heads (CompVis, SGM, diffusers) or qkv_proj and n_head (k-diffusion), and found "
-        f"none. {candidates}A layer of one of these forms can be named with attention='dotted.path'."
+        f"It has no layer of a family that ksag knows ({known}). {candidates}"
+        f"A module that calls torch.nn.functional.scaled_dot_product_attention once can be named with attention='dotted.path'."
     )
 
 
@@ -140,8 +201,10 @@ class Recording:
     def __init__(self, rows: int, path: str):
         self.rows = rows
         self.path = path
+        self.batch: int | None = None
         self.grid: tuple[int, int] | None = None
-        self.outputs: dict[str, Tensor] = {}
+        self.outputs: Outputs = {}
+        self.sdpa: WatchSDPA | None = None
         self.maps: list[Tensor] = []
 
     @property
@@ -165,24 +228,35 @@ class AttentionTap:
     While recording, the queries and keys of the first rows of the batch are reduced as soon as the layer has run, so
     that neither outlives it. Each thread records for itself. The hooks replace nothing: the layer runs as it always does.
 
+    A layer of a known family can be compiled, whole, after it was tapped. Of any other, a TorchFunctionMode sees the call
+    of scaled_dot_product_attention while the layer runs; inside a compiled graph there is no such call to see.
+
     Args:
         inner_model: the denoiser that holds the layer.
         attention: as in `find_attention`.
-        reduce: q, k (b, heads, tokens, dim) and scale → (b, tokens).
+        reduce: q (b, heads, tokens, dim), k (b, heads, memory + tokens, dim), scale, and memory → (b, tokens).
     """
 
     def __init__(self, inner_model: nn.Module, attention: str | nn.Module, reduce: Reduce):
         self.path, self.layer, self.family = find_attention(inner_model, attention)
         check_not_compiled(inner_model, self.path)
         self.reduce = reduce
-        self._sources = {name: self.layer.get_submodule(name) for name in self.family.sources}
+        self.grid: tuple[int, int] | None = None
         self._by_thread: dict[int, Recording] = {}
         self._traced: Recording | None = None
-        names = self.path.split(".")
-        ancestors = [inner_model.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
-        self._handles = [module.register_forward_pre_hook(self._see_grid, with_kwargs=True) for module in ancestors]
+        self._hint = _hint(inner_model, self.path)
+        names = self.path.split(".") if self.path else []
+        around = [inner_model.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
+        sources = {name: getattr(self.layer, name, None) for name in (self.family.sources if self.family else ())}
+        self._sources = {name: module for name, module in sources.items() if isinstance(module, nn.Module)}
+        # An unknown layer may resample inside, so that the nearest spatial input before its call can be a submodule's.
+        inside = [] if self.family else [module for module in self.layer.modules() if module is not self.layer]
+        self._handles = [module.register_forward_pre_hook(self._see_grid, with_kwargs=True) for module in (*around, *inside)]
         for name, module in self._sources.items():
             self._handles.append(module.register_forward_hook(functools.partial(self._see_output, name)))
+        if self.family is None:
+            self._handles.append(self.layer.register_forward_pre_hook(self._watch))
+            self._handles.append(self.layer.register_forward_hook(self._unwatch, always_call=True))
         self._handles.append(self.layer.register_forward_hook(self._see_layer))
 
     @property
@@ -209,34 +283,68 @@ class AttentionTap:
             self._traced = None
             del self._by_thread[thread]
 
-    def _current(self) -> Recording | None:
+    def _begun(self) -> Recording | None:
         # Dynamo cannot trace get_ident, so a compiled forward finds the recording in a plain attribute.
-        recording = self._traced if torch.compiler.is_compiling() else self._by_thread.get(threading.get_ident())
+        return self._traced if torch.compiler.is_compiling() else self._by_thread.get(threading.get_ident())
+
+    def _current(self) -> Recording | None:
+        recording = self._begun()
         return recording if recording is not None and recording.missing else None
 
     def _see_grid(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # The pre-hooks run from the outermost module inwards, so the last spatial input is the nearest one.
-        if recording := self._current():
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor) and value.ndim == 4:
-                    recording.grid = (value.shape[2], value.shape[3])
-                    break
+        recording = self._current()
+        if recording is None or (recording.sdpa is not None and recording.sdpa.calls):
+            return
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.ndim == 4:
+                patch = getattr(getattr(module, "patch_in", None), "patch_size", (1, 1))  # k-diffusion's transformers cut it up
+                recording.batch, recording.grid = value.shape[0], (value.shape[2] // patch[0], value.shape[3] // patch[1])
+                break
 
     def _see_output(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         if recording := self._current():
-            recording.outputs[name] = output.detach()
+            recording.outputs.setdefault(name, []).append(output.detach())
+
+    def _watch(self, layer: nn.Module, args: tuple) -> None:
+        if recording := self._current():
+            recording.sdpa = WatchSDPA()
+            recording.sdpa.__enter__()
+
+    def _unwatch(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        recording = self._begun()
+        if recording is not None and recording.sdpa is not None:
+            recording.sdpa.__exit__(None, None, None)
 
     def _see_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
         recording = self._current()
-        if recording is None or len(recording.outputs) < len(self.family.sources):
+        if recording is None:
             return
-        rows = recording.missing
-        outputs = [recording.outputs.pop(name)[:rows] for name in self.family.sources]
-        q, k, scale = self.family.read(layer, *outputs)
-        grid = recording.grid
-        if grid is None or q.shape[2] != grid[0] * grid[1] or k.shape[2] != grid[0] * grid[1]:
+        applied = self.family.read(layer, recording.outputs) if self.family else self._read_call(recording)
+        recording.outputs = {}
+        if applied is None:
+            return
+        q, k, scale, grid, memory = applied
+        tokens = k.shape[2] - memory
+        grid = grid or recording.grid
+        if grid is None or q.shape[2] != tokens or tokens != grid[0] * grid[1]:
             raise ValueError(
-                f"{self.path!r} attends from {q.shape[2]} to {k.shape[2]} tokens, which is not its input's grid of "
+                f"{self.path!r} attends from {q.shape[2]} to {tokens} tokens, which is not its input's grid of "
                 f"{grid}: it is no self-attention over the image. Name another layer; ksag.list_attention shows them."
             )
-        recording.maps.append(self.reduce(q, k, scale).unflatten(1, grid))
+        self.grid = grid
+        rows = recording.missing
+        recording.maps.append(self.reduce(q[:rows], k[:rows], scale, memory).unflatten(1, grid))
+
+    def _read_call(self, recording: Recording) -> Applied:
+        calls = recording.sdpa.calls if recording.sdpa else []
+        recording.sdpa = None
+        try:
+            if len(calls) != 1:
+                raise ValueError(f"it calls scaled_dot_product_attention {len(calls)} times while it runs, where once was expected")
+            return read_sdpa(calls[0], recording.batch, recording.grid)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path!r} is a {type(self.layer).__name__} of no family that ksag knows, and its attention cannot be read: "
+                f"{error}. Name the module around just that one call. {self._hint}"
+            ) from None

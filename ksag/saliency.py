@@ -7,7 +7,7 @@ MAX_LOGITS = 2**22
 """Attention logits held at once (float32, so 16 MiB of logits and as much again for their softmax)."""
 
 
-def saliency(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:
     """How much attention each key token receives: the mean over heads and the sum over queries of softmax(q kᵀ · scale).
 
     Its mean over tokens is 1, so that a token above 1 is looked at more than the average one (Hong et al. 2023,
@@ -15,8 +15,10 @@ def saliency(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
     Args:
         q: queries, (b, heads, tokens, dim).
-        k: keys, (b, heads, tokens, dim).
+        k: keys, (b, heads, memory + tokens, dim).
         scale: what the layer multiplies q kᵀ by, as a rule dim ** -0.5.
+        memory: how many keys, the first ones, are no tokens of the image: they take part in the softmax, and what the
+            tokens receive of it is scaled to a mean of 1 again.
 
     Returns:
         (b, tokens), float32.
@@ -29,4 +31,7 @@ def saliency(q: Tensor, k: Tensor, scale: float) -> Tensor:
         for rows in q.split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=2):
             attention = (rows.float() @ keys).mul_(scale).softmax(dim=-1)
             received = received + attention.sum(dim=(1, 2))
+    if memory:
+        received = received[:, memory:]
+        return received / received.mean(dim=1, keepdim=True)
     return received / heads * (tokens / queries)
