@@ -167,6 +167,41 @@ def test_a_copy_of_a_wrapped_model_works_on_its_own(denoiser):
     assert torch.equal(inner(x, sigma, mapping_cond=cond), denoiser(x, sigma, mapping_cond=cond))
 
 
+def test_two_wrappers_and_the_model_itself_between_calls(denoiser):
+    x, sigma, cond, uncond = inputs()
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+
+    def one():
+        return ksag.SAGDenoiser(denoiser, 1.0, cond_key="mapping_cond")
+
+    def other():
+        return ksag.SAGDenoiser(denoiser, 2.0, cond_key="mapping_cond", attention="u_net.u_blocks.0.1")
+
+    with one() as guided:
+        expected = guided(x, sigma, **args)
+    with other() as guided:
+        expected_of_other = guided(x, sigma, **args)
+    plain = denoiser(x, sigma, mapping_cond=cond)
+    assert not torch.equal(expected, expected_of_other)
+    with one() as guided, other() as guided_too:
+        for _ in range(2):
+            assert torch.equal(guided(x, sigma, **args), expected)
+            assert torch.equal(denoiser(x, sigma, mapping_cond=cond), plain)
+            assert torch.equal(guided_too(x, sigma, **args), expected_of_other)
+
+
+def test_state_dict_to_and_half_are_as_if_the_model_were_not_wrapped(denoiser):
+    x, sigma, cond, _ = (t.half() for t in inputs())
+    twin = copy.deepcopy(denoiser).half()
+    guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
+    assert denoiser.half().to("cpu", memory_format=torch.channels_last) is denoiser
+    assert all(torch.equal(a, b) for a, b in zip(denoiser.state_dict().values(), twin.state_dict().values(), strict=True))
+    assert denoiser.state_dict().keys() == twin.state_dict().keys()
+    denoiser.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(denoiser(x, sigma, mapping_cond=cond), twin(x, sigma, mapping_cond=cond), rtol=1e-2, atol=1e-2)
+    assert guided(x, sigma, cond=cond).dtype == torch.float16
+
+
 def test_two_wrappers_on_one_model_in_two_threads(denoiser):
     x, sigma, cond, uncond = inputs()
     wrappers = [

@@ -49,6 +49,30 @@ class Watch(TorchFunctionMode):
 # Stand-ins, from the facts of the public repositories
 
 
+class MemoryEfficientCrossAttention(nn.Module):
+    """A stand-in for CompVis's and SGM's, whose real one needs xformers: it keeps no scale."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads, self.dim_head = heads, channels // heads
+        self.to_q, self.to_k, self.to_v, self.out = (nn.Linear(channels, channels) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SpatialTransformer(nn.Module):
+    """A stand-in for the module that makes tokens of the pixels around it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.attn1 = MemoryEfficientCrossAttention(channels, 2)
+
+    def forward(self, x):
+        return x + self.attn1(x.flatten(2).mT).mT.reshape(x.shape)
+
+
 class ImprovedAttentionBlock(nn.Module):
     """A stand-in for improved-diffusion's AttentionBlock: heads are split off first, and each holds its q, k, v in turn."""
 
@@ -294,6 +318,9 @@ CASES = {
     ),
     "k-diffusion transformer v2": Case(lambda: ChannelsLast(32), alone, "mid_level.0"),
     "CompVis": Case(compvis_unet, compvis_call, "middle_block.1.transformer_blocks.0.attn1", 4),
+    "CompVis, memory efficient": Case(
+        lambda: Around("middle_block.1", SpatialTransformer(32)), alone, "middle_block.1.attn1", factor=1, sizes=((8, 8), (7, 9))
+    ),
     "guided-diffusion, legacy order": Case(openai_unet(False), with_sigma, "middle_block.1", 4),
     "guided-diffusion, new order": Case(openai_unet(True), with_sigma, "middle_block.1", 4),
     "improved-diffusion": Case(
