@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ksag import checks
-from ksag.attention import AttentionTap
 from ksag.conditioning import Conditioning, batchable, concatenate, repeat
 from ksag.degrade import attention_mask, degrade
 from ksag.saliency import saliency
+from ksag.tap import AttentionTap
 
 
 class TraceStep(NamedTuple):

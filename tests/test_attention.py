@@ -10,8 +10,9 @@ from diffusers import UNet2DConditionModel
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 import ksag
-from ksag.attention import AttentionTap, find_attention
+from ksag.attention import find_attention
 from ksag.saliency import saliency
+from ksag.tap import AttentionTap
 from tests.conftest import inputs, make_denoiser, randomise
 
 

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import ksag
-from ksag.attention import AttentionTap, find_attention
+from ksag.attention import find_attention
 from ksag.saliency import saliency
+from ksag.tap import AttentionTap
 from tests.conftest import make_denoiser, randomise
 
 
