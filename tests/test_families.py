@@ -198,10 +198,8 @@ class Around(nn.Module):
     def __init__(self, name, block, *args):
         super().__init__()
         self.conv = nn.Conv2d(3, 32, 3, padding=1)
-        self.set_submodule(name, block) if "." not in name else None
-        if "." in name:
-            parent, child = name.split(".")
-            setattr(self, parent, nn.ModuleDict({child: block}))
+        parent, _, child = name.rpartition(".")
+        self.add_module(parent or child, nn.ModuleDict({child: block}) if parent else block)
         self.block_args = args
         self.out = nn.Conv2d(32, 3, 3, padding=1)
         self.name = name

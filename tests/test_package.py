@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,19 @@ def test_the_first_rooms_know_torch_only():
 def test_python_m_ksag():
     result = subprocess.run([sys.executable, "-m", "ksag", "--version"], capture_output=True, text=True)
     assert result.returncode == 0 and ksag.__version__ in result.stdout
+
+
+def test_the_readmes_example_runs():
+    code = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "zoo" in block)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["images"].shape == (2, 3, 32, 32) and 0.1 < names["images"].std() < 1
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    for text in ROOT / "README.md", ROOT / "docs/coming-from.md", ROOT / "docs/diffusers.md":
+        for link in re.findall(r"\]\(([^)#]+)\)", text.read_text()):
+            assert link.startswith("https://") or (text.parent / link).exists(), link
 
 
 def test_the_version_is_in_the_changelog():
