@@ -166,6 +166,15 @@ def test_sdxl_shape_reads_its_middle():
     assert guided.tap.path == "inner_model.mid_block.attentions.0.transformer_blocks.0.attn1"
 
 
+def test_encode_and_decode_scale_the_latents_as_the_unet_expects(tmp_path):
+    pipe = stable_diffusion(tmp_path)
+    image = torch.rand(2, 3, 16, 24) * 2 - 1
+    mode = pipe.vae.encode(image).latent_dist.mode()
+    latent = adapter.encode(pipe, image)
+    torch.testing.assert_close(latent, mode * pipe.vae.config.scaling_factor)
+    torch.testing.assert_close(adapter.decode(pipe, latent), pipe.vae.decode(mode).sample, rtol=1e-4, atol=1e-5)
+
+
 # The examples of docs/diffusers.md, run as they stand
 
 
