@@ -1,10 +1,11 @@
 """SAGDenoiser: Self-Attention Guidance for any k-diffusion sampler."""
 
 import contextlib
+import html
 import math
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +15,7 @@ from ksag.conditioning import Conditioning, batchable, concatenate, repeat
 from ksag.degrade import attention_mask, degrade
 from ksag.saliency import saliency
 from ksag.tap import AttentionTap
-
-
-class TraceStep(NamedTuple):
-    """What one guided call computed, on the CPU."""
-
-    sigma: Tensor
-    """(b,) noise levels."""
-    saliency: Tensor
-    """(b, h', w') attention that each token receives; its mean is 1."""
-    mask: Tensor
-    """(b, 1, h, w) ones where the saliency is above `mask_threshold`."""
-    uncond: Tensor
-    """(b, c, h, w) the unconditional prediction u (the only one, where there is no uncond)."""
-    degraded: Tensor
-    """(b, c, h, w) d: u, blurred under the mask."""
-    reevaluated: Tensor
-    """(b, c, h, w) r: what the model makes of the degraded latent."""
+from ksag.trace import Trace, TraceStep
 
 
 class SAGDenoiser(nn.Module):
@@ -91,7 +76,7 @@ class SAGDenoiser(nn.Module):
         self.cond_key = cond_key
         self.batch_cond = batch_cond
         self.tap = AttentionTap(inner_model, attention, reduce=saliency)
-        self._traces: list[list[TraceStep]] = []
+        self._traces: list[Trace] = []
         weakref.finalize(self, self.tap.close)
 
     def forward(
@@ -104,6 +89,7 @@ class SAGDenoiser(nn.Module):
         *,
         sag_scale: float | None = None,
         blur_sigma: float | None = None,
+        mask_threshold: float | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The guided denoised latent, (b, c, h, w).
@@ -114,7 +100,7 @@ class SAGDenoiser(nn.Module):
             cond, uncond: conditionings, batch first, of the same nesting. Without uncond, the guidance starts from the
                 prediction for cond, or from the model's only one.
             cond_scale: classifier-free guidance scale; 1 is none.
-            sag_scale, blur_sigma: in place of the constructor's, for this call.
+            sag_scale, blur_sigma, mask_threshold: in place of the constructor's, for this call.
             **kwargs: passed on to every call of `inner_model`.
 
         Raises:
@@ -123,6 +109,7 @@ class SAGDenoiser(nn.Module):
         """
         sag_scale = self.sag_scale if sag_scale is None else checks.finite("sag_scale", sag_scale)
         blur_sigma = self.blur_sigma if blur_sigma is None else checks.blur_sigma(blur_sigma)
+        mask_threshold = self.mask_threshold if mask_threshold is None else checks.finite("mask_threshold", mask_threshold)
         checks.call(x, sigma, cond, uncond, cond_scale, self.cond_key)
 
         acts = self._acts(x, sigma, sag_scale)
@@ -138,7 +125,7 @@ class SAGDenoiser(nn.Module):
 
         # 3., 4. Where the model looks
         attended = seen.map()
-        mask = attention_mask(attended, self.mask_threshold, (x.shape[2], x.shape[3]))
+        mask = attention_mask(attended, mask_threshold, (x.shape[2], x.shape[3]))
 
         # 5., 6. That taken away, and what the model makes of it under the same noise
         d = degrade(u, mask, blur_sigma, self.blur_kernel_size)
@@ -179,7 +166,7 @@ class SAGDenoiser(nn.Module):
         return checks.denoised(self.inner_model(x, sigma, **conditioning, **kwargs), x)
 
     @contextlib.contextmanager
-    def trace(self) -> Iterator[list[TraceStep]]:
+    def trace(self) -> Iterator[Trace]:
         """Keeps what every guided call inside the block computes.
 
             with guided.trace() as steps:
@@ -188,7 +175,7 @@ class SAGDenoiser(nn.Module):
 
         A call that is not guided (`sag_scale` 0, outside `sigma_range`) leaves no step.
         """
-        steps: list[TraceStep] = []
+        steps = Trace()
         self._traces.append(steps)
         try:
             yield steps
@@ -208,8 +195,15 @@ class SAGDenoiser(nn.Module):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def extra_repr(self) -> str:
-        return (
-            f"sag_scale={self.sag_scale}, blur_sigma={self.blur_sigma}, blur_kernel_size={self.blur_kernel_size}, "
-            f"mask_threshold={self.mask_threshold}, attention={self.tap.path!r}, sigma_range={self.sigma_range}"
-        )
+    def _settings(self) -> dict[str, Any]:
+        names = ("sag_scale", "blur_sigma", "blur_kernel_size", "mask_threshold", "sigma_range", "cond_key", "batch_cond")
+        return {"attention": self.tap.path, **{name: getattr(self, name) for name in names}}
+
+    def __repr__(self) -> str:
+        parameters = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
+        return f"SAGDenoiser({type(self.inner_model).__name__}, {parameters}{', closed' if self.tap.closed else ''})"
+
+    def _repr_html_(self) -> str:
+        cells = {"inner_model": type(self.inner_model).__name__, **self._settings()}
+        rows = "".join(f"<tr><th>{name}</th><td>{html.escape(f'{value}')}</td></tr>" for name, value in cells.items())
+        return f"<table><caption>SAGDenoiser{', closed' if self.tap.closed else ''}</caption>{rows}</table>"
