@@ -8,52 +8,15 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 
 import click
 import torch
+from measure import Step, peak_bytes, seconds
 from tqdm import trange
 
 import ksag
 from ksag import zoo
-
-Step = Callable[[], object]
-
-
-def seconds(step: Step, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
-def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most memory that `step` held at once, beyond what was there before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def import_seconds(module: str) -> float:

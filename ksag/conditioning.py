@@ -1,6 +1,6 @@
 """cond and uncond, in any nesting of dicts, lists and tuples of tensors ↔ one batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -11,19 +11,47 @@ Conditioning: TypeAlias = Any
 
 
 def concatenate(uncond: Conditioning, cond: Conditioning) -> Conditioning:
-    """[uncond, cond] as one batch, with the nesting of both."""
+    """[uncond, cond] as one batch, with the nesting of both: (b, ...) and (b, ...) → (2b, ...), uncond first.
+
+    Raises:
+        ValueError: the two differ in nesting, or in a leaf that is no tensor; the message names the place.
+
+    >>> both = concatenate({"c_crossattn": [torch.zeros(2, 77, 768)]}, {"c_crossattn": [torch.ones(2, 77, 768)]})
+    >>> both["c_crossattn"][0].shape
+    torch.Size([4, 77, 768])
+    """
     return _zip(lambda place, u, c: torch.cat([u, c]), "", uncond, cond)
 
 
 def batchable(uncond: Conditioning, cond: Conditioning) -> bool:
-    """Whether every pair of tensors agrees in all but the batch (77 against 154 tokens do not)."""
+    """Whether every pair of tensors agrees in all but the batch, so that `concatenate` can join them.
+
+    Raises:
+        ValueError: the two differ in nesting, or in a leaf that is no tensor.
+
+    >>> batchable(torch.zeros(1, 77, 768), torch.zeros(1, 154, 768))
+    False
+    """
     shapes_agree = []
     _zip(lambda place, u, c: shapes_agree.append(u.shape[1:] == c.shape[1:]), "", uncond, cond)
     return all(shapes_agree)
 
 
 def check(uncond: Conditioning, cond: Conditioning, batch: int) -> None:
-    """Raises a ValueError that names the place where the two do not match each other or the latent's batch."""
+    """Refuses conditionings that do not fit each other, or the latent's batch.
+
+    Args:
+        uncond: tensors (b, ...), in any nesting.
+        cond: the same nesting.
+        batch: b, how many samples the latent holds.
+
+    Raises:
+        ValueError: where they do not match; the message names the place.
+
+    >>> check({"text": torch.zeros(2, 7)}, {"text": torch.zeros(1, 7)}, batch=2)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: cond['text'] has shape (1, 7), but the latent is a batch of 2: ...
+    """
 
     def check_batch(place: str, u: Tensor, c: Tensor) -> None:
         for name, tensor in ("cond", c), ("uncond", u):
@@ -37,12 +65,47 @@ def check(uncond: Conditioning, cond: Conditioning, batch: int) -> None:
 
 
 def repeat(kwargs: dict[str, Any], batch: int) -> dict[str, Any]:
-    """`kwargs` for a batch of [uncond, cond]: what has one row for each sample is doubled, all else is left as it is."""
+    """`kwargs` for a batch of [uncond, cond]: what has one row for each sample is doubled, all else is left as it is.
+
+    >>> kwargs = repeat({"mask": torch.zeros(2, 1, 8, 8), "strength": 0.5}, batch=2)
+    >>> kwargs["mask"].shape, kwargs["strength"]
+    (torch.Size([4, 1, 8, 8]), 0.5)
+    """
 
     def double(place: str, leaf: Any, _: Any) -> Any:
         return torch.cat([leaf, leaf]) if leaf.ndim > 0 and leaf.shape[0] == batch else leaf
 
     return _zip(double, "", kwargs, kwargs)
+
+
+def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Each leaf, all that is neither dict, list nor tuple, and before it the place where it is.
+
+    >>> list(leaves({"c_crossattn": [1.0], "scale": 2.0}))
+    [("['c_crossattn'][0]", 1.0), ("['scale']", 2.0)]
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from leaves(value, f"{place}[{key!r}]")
+    elif isinstance(tree, (list, tuple)):
+        for i, value in enumerate(tree):
+            yield from leaves(value, f"{place}[{i}]")
+    else:
+        yield place, tree
+
+
+def transform(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """`tree` with `fn(leaf)` in place of every leaf, in the order of `leaves`.
+
+    >>> transform(lambda leaf: leaf * 2, {"c_crossattn": [1.0], "scale": 2.0})
+    {'c_crossattn': [2.0], 'scale': 4.0}
+    """
+    if isinstance(tree, Mapping):
+        return {key: transform(fn, value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        values = [transform(fn, value) for value in tree]
+        return tuple(values) if isinstance(tree, tuple) else values
+    return fn(tree)
 
 
 def _zip(fn: Callable[[str, Tensor, Tensor], Any], place: str, u: Any, c: Any) -> Any:

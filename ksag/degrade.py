@@ -33,15 +33,16 @@ def gaussian_blur(x: Tensor, sigma: float, kernel_size: int) -> Tensor:
     if sigma == 0:
         return x
     c, half = x.shape[1], kernel_size // 2
-    t = torch.arange(-half, half + 1, device=x.device, dtype=torch.float32)
-    g = torch.softmax(-0.5 * (t / sigma) ** 2, dim=0).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        x = F.pad(x, (half, half, half, half), mode="reflect")
-        x = F.conv2d(x, g.expand(c, 1, 1, kernel_size), groups=c)
-        return F.conv2d(x, g[:, None].expand(c, 1, kernel_size, 1), groups=c)
+        # in half precision the rounded weights of a Gaussian would no longer sum to 1
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        t = torch.arange(-half, half + 1, device=y.device, dtype=y.dtype)
+        g = torch.softmax(t.square() * (-0.5 / sigma**2), dim=0)
+        y = F.pad(y, (half, half, half, half), mode="reflect")
+        y = F.conv2d(y, g.expand(c, 1, 1, kernel_size), groups=c)
+        return F.conv2d(y, g[:, None].expand(c, 1, kernel_size, 1), groups=c).to(x.dtype)
 
 
 def degrade(u: Tensor, mask: Tensor, blur_sigma: float, kernel_size: int) -> Tensor:
-    """mask · blur(u) + (1 − mask) · u, (b, c, h, w): what the model attended to, taken away (eq. 9 of the paper)."""
-    mask = mask.to(u.dtype)
-    return mask * gaussian_blur(u, blur_sigma, kernel_size) + (1 - mask) * u
+    """mask · blur(u) + (1 − mask) · u, (b, c, h, w): what the model attended to, taken away (section 4.3 of the paper)."""
+    return torch.where(mask.bool(), gaussian_blur(u, blur_sigma, kernel_size), u)

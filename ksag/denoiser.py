@@ -3,8 +3,9 @@
 import contextlib
 import html
 import math
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ksag import checks
 from ksag.conditioning import Conditioning, batchable, concatenate, repeat
 from ksag.degrade import attention_mask, degrade
+from ksag.graphs import CUDAGraphs
 from ksag.saliency import saliency
 from ksag.tap import AttentionTap
 from ksag.trace import Trace, TraceStep
@@ -77,6 +79,7 @@ class SAGDenoiser(nn.Module):
         self.batch_cond = batch_cond
         self.tap = AttentionTap(inner_model, attention, reduce=saliency)
         self._traces: list[Trace] = []
+        self._graphs: CUDAGraphs | None = None
         weakref.finalize(self, self.tap.close)
 
     def forward(
@@ -114,9 +117,8 @@ class SAGDenoiser(nn.Module):
 
         acts = self._acts(x, sigma, sag_scale)
 
-        # 1. The predictions; the tap sees the uncond half, which comes first
-        with self.tap.recording(rows=x.shape[0] if acts else 0) as seen:
-            u, g = self._predict(x, sigma, cond, uncond, kwargs)
+        # 1. The predictions, and what the model attends to on the unconditional half
+        u, g, attended = self._run(self._predict, x, sigma, cond, uncond, kwargs, acts)
 
         # 2. Classifier-free guidance
         cfg = u + (g - u) * cond_scale
@@ -124,18 +126,20 @@ class SAGDenoiser(nn.Module):
             return cfg
 
         # 3., 4. Where the model looks
-        attended = seen.map()
         mask = attention_mask(attended, mask_threshold, (x.shape[2], x.shape[3]))
 
         # 5., 6. That taken away, and what the model makes of it under the same noise
         d = degrade(u, mask, blur_sigma, self.blur_kernel_size)
         kept = self._copies(sigma, attended, mask, u, d)  # now, because a CUDA graph's next pass overwrites u
-        r = self._denoise(d + (x - u), sigma, cond if uncond is None else uncond, kwargs)
+        r = self._run(self._denoise, d + (x - u), sigma, cond if uncond is None else uncond, kwargs)
 
         # 7. Away from it
         for steps in self._traces:
             steps.append(TraceStep(*kept, *self._copies(r)))
         return cfg + (d - r) * sag_scale
+
+    def _run(self, model_pass: Callable, *args: Any) -> Any:
+        return model_pass(*args) if self._graphs is None else self._graphs(model_pass, *args)
 
     def _acts(self, x: Tensor, sigma: Tensor, sag_scale: float) -> bool:
         """Whether this call is guided: an interval must hold all of sigma, and the blur reflect at every border."""
@@ -147,19 +151,23 @@ class SAGDenoiser(nn.Module):
         return (low, high) == (0.0, math.inf) or bool(((low <= sigma) & (sigma <= high)).all())
 
     def _predict(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, uncond: Conditioning, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """The predictions for uncond and cond, in one batch if they can be batched; without uncond, the one twice."""
-        if uncond is None:
-            u = self._denoise(x, sigma, cond, kwargs)
-            return u, u
-        if self.batch_cond and batchable(uncond, cond):
-            both = self._denoise(
-                torch.cat([x, x]), torch.cat([sigma, sigma]), concatenate(uncond, cond), repeat(kwargs, x.shape[0])
-            )
-            u, g = both.chunk(2)
-            return u, g
-        return self._denoise(x, sigma, uncond, kwargs), self._denoise(x, sigma, cond, kwargs)
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, uncond: Conditioning, kwargs: dict[str, Any], acts: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """u, g, and the saliency of u's pass if SAG acts. One batch if uncond and cond can be batched; without uncond, g is u."""
+        b = x.shape[0]
+        batched = uncond is not None and self.batch_cond and batchable(uncond, cond)
+        with self.tap.recording(rows=b if acts else 0) as seen:
+            if batched:
+                both = self._denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), concatenate(uncond, cond), repeat(kwargs, b))
+                u, g = both.chunk(2)  # the tap sees the first rows
+            else:
+                u = g = self._denoise(x, sigma, cond if uncond is None else uncond, kwargs)
+        attended = seen.map() if acts else None
+        if uncond is not None and not batched:
+            # A CUDA graph's next pass overwrites what this one returned
+            u, attended = u.clone(), None if attended is None else attended.clone()
+            g = self._denoise(x, sigma, cond, kwargs)
+        return u, g, attended
 
     def _denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning, kwargs: dict[str, Any]) -> Tensor:
         conditioning = {} if cond is None else cond if self.cond_key is None else {self.cond_key: cond}
@@ -185,9 +193,39 @@ class SAGDenoiser(nn.Module):
     def _copies(self, *values: Tensor) -> list[Tensor]:
         return [value.detach().to("cpu", copy=True) for value in values] if self._traces else []
 
+    def use_cuda_graphs(self, limit: int = 8) -> "SAGDenoiser":
+        """From now on, replays the model's passes as CUDA graphs: the step is no longer bound by the host's kernel launches.
+
+            guided = ksag.SAGDenoiser(denoiser).use_cuda_graphs()
+            K.sampling.sample_euler(guided, x, sigmas, extra_args=extra_args)
+
+        The first call with new shapes, dtypes or keywords captures its two passes, in about a second; every later one
+        replays them, under any sampler, `sigma_range` and `trace()`. cond_scale, sag_scale, blur_sigma and mask_threshold
+        may change freely. Conditionings are copied in only when they change. Weights may change in place; after any other
+        change to the model (a LoRA, another attention processor), call this again. A call with gradients enabled, or on
+        the CPU, runs as without. Each thread captures for itself. `close()` frees the graphs and their memory.
+
+        Args:
+            limit: graphs kept. A guided step takes two, one more where `sigma_range` or `sag_scale` 0 leave SAG out; the least
+                recently used beyond that are dropped, with a warning.
+
+        Returns:
+            This wrapper.
+
+        Raises:
+            RuntimeError: from a call, where the model cannot be captured; the message says why.
+        """
+        if limit < 2:
+            raise ValueError(f"limit must be 2 or more, since a guided step replays two graphs, got {limit}.")
+        if next((p.device.type for p in self.inner_model.parameters()), "cpu") != "cuda":
+            warnings.warn("use_cuda_graphs: inner_model is not on a CUDA device, so it runs as without.", stacklevel=2)
+        self._graphs = CUDAGraphs(self.inner_model, limit)
+        return self
+
     def close(self) -> None:
         """Removes every hook from `inner_model`. What is left still does plain guidance at `sag_scale` 0."""
         self.tap.close()
+        self._graphs = None
 
     def __enter__(self) -> "SAGDenoiser":
         return self

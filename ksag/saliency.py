@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 MAX_LOGITS = 2**22
-"""Attention logits held at once (float32, so 16 MiB of logits and as much again for their softmax)."""
+"""Attention logits computed at once, in float32. They, their softmax and its sum hold at most 48 MiB."""
 
 
 def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:
@@ -29,9 +29,9 @@ def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:
         keys = k.float().mT
         received = q.new_zeros(b, tokens, dtype=torch.float32)
         for rows in q.split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=2):
-            attention = (rows.float() @ keys).mul_(scale).softmax(dim=-1)
-            received = received + attention.sum(dim=(1, 2))
+            # in one expression, so that a chunk is freed before the next one is made
+            received = received + ((rows.float() * scale) @ keys).softmax(dim=-1).sum(dim=(1, 2))
     if memory:
         received = received[:, memory:]
         return received / received.mean(dim=1, keepdim=True)
-    return received / heads * (tokens / queries)
+    return received * (tokens / (queries * heads))

@@ -1,9 +1,12 @@
 """Hooks are set once and switched by a flag, so that a compiled model runs them."""
 
+import k_diffusion as K
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ksag
+from ksag.samplers import sample
 from tests.conftest import inputs, make_denoiser
 
 
@@ -39,11 +42,43 @@ def test_compiled_after_wrapping_gives_the_eager_image(backend, whole):
 
 def test_does_not_recompile_from_step_to_step():
     guided = ksag.SAGDenoiser(make_denoiser(), cond_key="mapping_cond")
-    torch._dynamo.utils.counters.clear()
-    guided.inner_model = torch.compile(guided.inner_model, fullgraph=True, backend="aot_eager", dynamic=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    guided.inner_model = torch.compile(guided.inner_model, fullgraph=True, backend=counter, dynamic=False)
     for x, sigma, args in [*calls(), *calls()]:
         guided(x, sigma, **args)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # [uncond, cond], recorded, and uncond, not recorded
+    assert counter.frame_count == 2  # [uncond, cond], recorded, and uncond, not recorded
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_sigma_range_takes_one_more_compilation(sampler, whole):
+    guided = ksag.SAGDenoiser(make_denoiser(), cond_key="mapping_cond", sigma_range=(0.3, 4.0))
+    _, _, cond, uncond = inputs()
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+    sigmas = K.sampling.get_sigmas_karras(7, 0.05, 10.0)
+    with guided.trace() as steps:
+        expected = sample(sampler, guided, (3, 12, 16), sigmas, [0, 1], args)
+    assert 0 < len(steps) < 7
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = guided
+    if whole:
+        compiled = torch.compile(guided, backend=counter)
+    else:
+        guided.inner_model = torch.compile(guided.inner_model, fullgraph=True, backend=counter, dynamic=False)
+    for _ in range(2):
+        result = sample(sampler, compiled, (3, 12, 16), sigmas, [0, 1], args)
+        assert (result - expected).norm() / expected.norm() < 1e-5
+        assert counter.frame_count == 3  # whole: reading sigma, a guided step, and a plain one
+
+
+def test_scales_that_vary_are_compiled_once_more_at_most():
+    guided = ksag.SAGDenoiser(make_denoiser(), cond_key="mapping_cond")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(guided, backend=counter)
+    for scale in 1.5, 2.5, 3.5, 4.5:
+        for x, sigma, args in calls():
+            compiled(x, sigma, **{**args, "cond_scale": scale}, sag_scale=scale)
+    assert counter.frame_count <= 2  # the first value, and then any
 
 
 def compile_child(denoiser):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import ksag.saliency
+from benchmarks.measure import peak_bytes
 from ksag.saliency import saliency
 
 
@@ -54,3 +55,12 @@ def test_never_holds_the_whole_attention(monkeypatch):
     with Watch():
         saliency(q, k, 0.5)
     assert max(sizes) <= 4096 < 2 * 256 * 256
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_its_working_set_is_bounded(monkeypatch, tokens):
+    monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", 2**16)
+    q, k = torch.randn(1, 4, tokens, 16), torch.randn(1, 4, tokens, 16)
+    received = 4 * tokens
+    chunk = 4 * q.numel() * (2**16 // (4 * tokens)) / tokens
+    assert peak_bytes(lambda: saliency(q, k, 0.25), q.device) <= 2 * 4 * 2**16 + 4 * received + 2 * chunk

@@ -1,0 +1,154 @@
+"""CUDA graphs: a function of tensors, captured once for each signature of its arguments and replayed from then on.
+
+graphs = CUDAGraphs(model, limit=8)
+graphs(function, x, {"cond": c})                               # what function(x, {"cond": c}) gives, in one launch
+"""
+
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ksag.conditioning import leaves, transform
+
+CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_capturing = threading.Lock()  # CUDA allows one capture at a time
+
+
+def _signature(place: str, leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return place, tuple(leaf.shape), leaf.dtype, leaf.device
+    if isinstance(leaf, CONSTANTS):
+        return place, type(leaf), leaf
+    raise TypeError(
+        f"An argument of inner_model{place} is a {type(leaf).__name__}, and a CUDA graph would not see it change. Pass tensors, "
+        f"numbers and strings, or sample without use_cuda_graphs()."
+    )
+
+
+def _replayable(x: Tensor) -> bool:
+    return x.is_cuda and not torch.is_grad_enabled()
+
+
+class Input:
+    """A tensor at the address that a graph reads from, filled again only with what is not there yet."""
+
+    def __init__(self, tensor: Tensor):
+        self.static = torch.empty_like(tensor)
+        self.filled: tuple[weakref.ref[Tensor], int, int] | None = None
+        self.fill(tensor)
+
+    def fill(self, tensor: Tensor) -> None:
+        # An inference tensor does not count its changes
+        version = None if tensor.is_inference() else tensor._version
+        if version is not None and self.filled is not None:
+            there, its_version, pointer = self.filled
+            if there() is tensor and its_version == version and pointer == tensor.data_ptr():
+                return
+        self.static.copy_(tensor)
+        self.filled = None if version is None else (weakref.ref(tensor), version, tensor.data_ptr())
+
+
+class Captured:
+    """One function at one signature: static inputs, the graph, and the outputs that every replay overwrites."""
+
+    def __init__(self, function: Callable, args: tuple, stream: torch.cuda.Stream, pool: Any):
+        self.inputs: list[Input] = []
+
+        def static(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            self.inputs.append(Input(leaf))
+            return self.inputs[-1].static
+
+        self.graph = torch.cuda.CUDAGraph()
+        inputs = transform(static, args)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*inputs)  # libraries set themselves up, and choose their kernels, in a first run
+        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
+                self.outputs = function(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"The model ran, but could not be captured as a CUDA graph: as a rule because it reads a tensor's value on the "
+                f"host (.item(), .cpu(), an if), or is compiled with mode='reduce-overhead' already. Change that, or sample "
+                f"without use_cuda_graphs(). CUDA says: {str(error).splitlines()[0]}"
+            ) from error
+
+    def replay(self, tensors: list[Tensor]) -> Any:
+        for slot, tensor in zip(self.inputs, tensors, strict=True):
+            slot.fill(tensor)
+        self.graph.replay()
+        return self.outputs
+
+
+class CUDAGraphs:
+    """Replays functions of `model` in place of running them.
+
+    Captures a function at its first call with a signature: the shapes, dtypes and devices of the tensors among its
+    arguments (nested as conditionings are), the values of everything else, autocast, the thread and the stream. A replay
+    copies in the tensors that changed, by identity and version counter, and returns the same output tensors each time:
+    use or copy them before the next call.
+
+    Runs the function as it is while gradients are enabled, and for tensors that are not on a CUDA device.
+
+    Args:
+        model: its weights may change in place; where one was moved, all is captured anew.
+        limit: captures kept; one more drops the least recently used, with a warning.
+    """
+
+    def __init__(self, model: nn.Module, limit: int):
+        self.model, self.limit = model, limit
+        self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._streams: dict[Hashable, tuple[torch.cuda.Stream, Any]] = {}
+        self._weights: list[Tensor] = []
+        self._pointers: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def __call__(self, function: Callable, *args: Any) -> Any:
+        if not _replayable(args[0]):
+            return function(*args)
+        device = args[0].device
+        if list(map(Tensor.data_ptr, self._weights)) != self._pointers:
+            self._captured.clear()
+        places = list(leaves(args))
+        autocast = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        lane = device, threading.get_ident(), torch.cuda.current_stream(device).cuda_stream
+        key = function.__name__, lane, autocast, tuple(_signature(place, leaf) for place, leaf in places)
+        captured = self._captured.get(key)
+        if captured is None:
+            captured = self._captured[key] = self._capture(function, args, lane, autocast)
+            self._drop_oldest()
+        self._captured.move_to_end(key)
+        return captured.replay([leaf for _, leaf in places if isinstance(leaf, Tensor)])
+
+    def _capture(self, function: Callable, args: tuple, lane: tuple, autocast: tuple[torch.dtype, bool]) -> Captured:
+        if not self._captured:
+            self._weights = [*self.model.parameters(), *self.model.buffers()]
+            self._pointers = list(map(Tensor.data_ptr, self._weights))
+        # Inference tensors could not be filled outside inference mode, and a cached cast would live in the graph's memory
+        with _capturing, torch.cuda.device(lane[0]), torch.inference_mode(False), torch.no_grad():
+            if lane not in self._streams:
+                self._streams[lane] = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            with torch.autocast(lane[0].type, *autocast, cache_enabled=False):
+                return Captured(function, args, *self._streams[lane])
+
+    def _drop_oldest(self) -> None:
+        if len(self._captured) > self.limit:
+            self._captured.popitem(last=False)
+            warnings.warn(
+                f"More than {self.limit} CUDA graphs were needed, and the least recently used one was dropped: capturing it again "
+                f"takes time. Sample fewer different shapes and keywords, or raise the limit: use_cuda_graphs(limit=...).",
+                stacklevel=2,
+            )

@@ -1,0 +1,257 @@
+"""What only a CUDA GPU can show: real graphs, no synchronisation, memory, half precision, Inductor's CUDA graphs."""
+
+import gc
+import threading
+
+import k_diffusion as K
+import pytest
+import torch
+from torch import nn
+
+import ksag
+from ksag.adapters.diffusers import denoiser as as_denoiser
+from ksag.saliency import MAX_LOGITS, saliency
+from ksag.samplers import SAMPLERS, sample
+from tests.conftest import inputs, make_denoiser
+from tests.diffusers_pipelines import scheduler
+from tests.diffusers_pipelines import unet as make_unet
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def full_float32():
+    torch.backends.cudnn.allow_tf32 = False
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def on_gpu(dtype=torch.float32, **sizes):
+    denoiser = make_denoiser().to("cuda", dtype).eval().requires_grad_(False)
+    x, sigma, cond, uncond = (t.to("cuda", dtype) for t in inputs(**sizes))
+    return denoiser, x, sigma, {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+
+
+def wrap(denoiser, **options):
+    return ksag.SAGDenoiser(denoiser, cond_key="mapping_cond", **options)
+
+
+def stable_diffusion(dtype, compute=None):
+    """A small diffusers UNet in `dtype` under float32 latents, as people sample in half precision; its weights and
+    conditioning rounded to `dtype`, then computed in `compute`.
+    """
+    compute = compute or dtype
+    torch.manual_seed(0)
+    cond, uncond = ({"encoder_hidden_states": torch.randn(2, 7, 32, device="cuda").to(dtype).to(compute)} for _ in range(2))
+    x = torch.randn(2, 4, 16, 24, device="cuda")
+    unet = make_unet().to("cuda", dtype).to(compute)
+    return as_denoiser(unet, scheduler()), x, {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+
+
+def relative(actual, expected):
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_graphed_samples_are_the_eager_ones(sampler):
+    denoiser, _, _, args = on_gpu()
+    sigmas = K.sampling.get_sigmas_karras(6, 0.05, 10.0, device="cuda")
+    eager, graphed = wrap(denoiser, sigma_range=(0.2, 5.0)), wrap(denoiser, sigma_range=(0.2, 5.0)).use_cuda_graphs()
+    with eager.trace() as expected_steps:
+        expected = sample(sampler, eager, (3, 12, 16), sigmas, [0, 1], args)
+    with graphed.trace() as steps:
+        result = sample(sampler, graphed, (3, 12, 16), sigmas, [0, 1], args)
+    assert relative(result, expected) < 1e-5
+    assert len(steps) == len(expected_steps) > 0
+    for step, wanted in zip(steps, expected_steps, strict=True):
+        assert all(relative(a, b) < 1e-4 for a, b in zip(step, wanted, strict=True))
+    assert len(graphed._graphs) == 3
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_no_synchronisation_in_a_guided_step(graphed):
+    denoiser, x, sigma, args = on_gpu()
+    guided = wrap(denoiser)
+    if graphed:
+        guided.use_cuda_graphs()
+    with torch.no_grad():
+        guided(x, sigma, **args)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            guided(x + 1, sigma * 2, **args)
+            guided(x + 1, sigma * 2, **{**args, "cond": args["cond"] + 1}, sag_scale=1.5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_changed_conditioning_changed_weights_and_moved_weights_are_seen():
+    denoiser, x, sigma, args = on_gpu()
+    eager, graphed = wrap(denoiser), wrap(denoiser).use_cuda_graphs()
+    with torch.no_grad():
+
+        def same():
+            assert relative(graphed(x, sigma, **args), eager(x, sigma, **args)) < 1e-5
+
+        same()
+        args["cond"].mul_(2)
+        same()
+        args["uncond"] = args["uncond"] + 1
+        same()
+        for p in denoiser.parameters():
+            p.mul_(1.01)
+        same()
+        denoiser.cpu()
+        denoiser.cuda()
+        same()
+
+
+def test_two_threads_with_one_graphed_wrapper():
+    denoiser, x, _, args = on_gpu()
+    graphed, eager = wrap(denoiser).use_cuda_graphs(), wrap(denoiser)
+    results = {}
+
+    def work(value):
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            sigma = torch.full((2,), value, device="cuda")
+            results[value] = [graphed(x, sigma, **args) for _ in range(10)]
+            torch.cuda.synchronize()
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in (0.5, 6.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with torch.no_grad():
+        for value, images in results.items():
+            expected = eager(x, torch.full((2,), value, device="cuda"), **args)
+            assert len(images) == 10 and all(relative(image, expected) < 1e-5 for image in images)
+
+
+def test_a_model_that_reads_values_is_refused_and_leaves_the_gpu_usable():
+    class Reads(nn.Module):
+        def __init__(self, inner_model):
+            super().__init__()
+            self.inner_model = inner_model
+
+        def forward(self, x, sigma, **kwargs):
+            assert sigma.max().item() > 0
+            return self.inner_model(x, sigma, **kwargs)
+
+    denoiser, x, sigma, args = on_gpu()
+    guided = wrap(Reads(denoiser)).use_cuda_graphs()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="could not be captured as a CUDA graph"):
+            guided(x, sigma, **args)
+        assert relative(wrap(denoiser).use_cuda_graphs()(x, sigma, **args), wrap(denoiser)(x, sigma, **args)) < 1e-5
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1.0, 60.0])  # K.layers.Denoiser squares sigma, and 256² is infinite in float16
+def test_half_precision_weights(dtype, magnitude, graphed):
+    denoiser, x, sigma, args = on_gpu(dtype)
+    guided = wrap(denoiser)
+    if graphed:
+        guided.use_cuda_graphs()
+    with torch.no_grad():
+        result = guided(x * magnitude, sigma * magnitude, **args)
+        exact = wrap(denoiser.double())(x.double() * magnitude, sigma.double() * magnitude,
+                                        **{**args, "cond": args["cond"].double(), "uncond": args["uncond"].double()})  # fmt: skip
+    assert result.dtype == dtype and result.isfinite().all()
+    assert relative(result, exact) < (0.03 if dtype == torch.float16 else 0.3)
+
+
+@pytest.mark.parametrize("latent_dtype", [torch.float16, torch.float32])
+def test_a_float16_unet_at_latents_of_large_magnitude(latent_dtype):
+    denoiser, x, args = stable_diffusion(torch.float16)
+    sigma = torch.full((2,), 4000.0, device="cuda")  # about what a zero terminal SNR is given
+    with torch.no_grad():
+        for guided in ksag.SAGDenoiser(denoiser, cond_key=None), ksag.SAGDenoiser(denoiser, cond_key=None).use_cuda_graphs():
+            result = guided((x * sigma[0]).to(latent_dtype), sigma, **args)
+            assert result.isfinite().all() and result.abs().max() > 100
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_around_the_sampler(dtype, graphed):
+    denoiser, x, _, args = on_gpu()
+    sigmas = K.sampling.get_sigmas_karras(6, 0.05, 500.0, device="cuda")
+    exact = K.sampling.sample_euler(wrap(denoiser), x * 500, sigmas, extra_args=args, disable=True)
+    guided = wrap(denoiser)
+    if graphed:
+        guided.use_cuda_graphs()
+    with torch.autocast("cuda", dtype):
+        result = K.sampling.sample_euler(guided, x * 500, sigmas, extra_args=args, disable=True)
+    assert result.isfinite().all() and relative(result, exact) < (0.05 if dtype == torch.float16 else 0.3)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 4096, 160), (1, 20, 4096, 64), (4, 10, 1024, 64)])
+def test_the_saliencys_working_set_is_bounded(shape):
+    q, k = (torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(2))
+    saliency(q, k, shape[-1] ** -0.5)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = saliency(q, k, shape[-1] ** -0.5)
+    peak = torch.cuda.max_memory_allocated() - before
+    keys = 4 * k.numel()
+    assert peak <= 3 * 4 * MAX_LOGITS + keys + 4 * 2**20
+    assert result.mean(1).sub(1).abs().max() < 1e-5
+
+
+def agrees(result, eager, exact):
+    """In float32 the eager image; in float16, where the eager one rounds more often, an image as near to float32's as that."""
+    if exact is None:
+        return relative(result, eager) < 1e-5
+    return relative(result, exact) < 1.2 * relative(eager, exact) < 0.01
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"sigma_range": (0.2, 5.0)}, {"batch_cond": False}])
+def test_a_compiled_unet_samples_the_eager_image(mode, dtype, options):
+    sigmas = K.sampling.get_sigmas_karras(6, 0.05, 10.0, device="cuda")
+    samplers = K.sampling.sample_euler, K.sampling.sample_dpmpp_2m
+
+    def images(denoiser, x, args):
+        guided = ksag.SAGDenoiser(denoiser, cond_key=None, **options)
+        eager = [sampler(guided, x * 10, sigmas, extra_args=args, disable=True) for sampler in samplers]
+        return guided, eager
+
+    exact = images(*stable_diffusion(dtype, compute=torch.float32))[1] if dtype == torch.float16 else [None, None]
+    denoiser, x, args = stable_diffusion(dtype)
+    guided, eager = images(denoiser, x, args)
+    denoiser.inner_model = torch.compile(denoiser.inner_model, mode=mode, fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    results = [sampler(guided, x * 10, sigmas, extra_args=args, disable=True) for sampler in samplers]
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    samplers[0](guided, x * 9, sigmas * 0.9, extra_args=args, disable=True)
+    assert all(map(agrees, results, eager, exact))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_whole_wrapper_compiled_gives_the_eager_image(dtype):
+    sigma = torch.full((2,), 3.0, device="cuda")
+
+    def step(denoiser, x, args, compile_=lambda guided: guided):
+        with torch.no_grad():
+            return compile_(ksag.SAGDenoiser(denoiser, cond_key=None))(x * 3, sigma, **args)
+
+    exact = step(*stable_diffusion(dtype, compute=torch.float32)) if dtype == torch.float16 else None
+    result = step(*stable_diffusion(dtype), lambda guided: torch.compile(guided, fullgraph=True))
+    assert agrees(result, step(*stable_diffusion(dtype)), exact)
+
+
+def test_a_compiled_unet_can_be_graphed():
+    denoiser, x, sigma, args = on_gpu()
+    guided = wrap(denoiser)
+    with torch.no_grad():
+        expected = guided(x, sigma, **args)
+        denoiser.inner_model = torch.compile(denoiser.inner_model, fullgraph=True)
+        guided.use_cuda_graphs()
+        for _ in range(2):
+            assert relative(guided(x, sigma, **args), expected) < 1e-5

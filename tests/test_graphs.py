@@ -1,0 +1,276 @@
+"""When a pass is captured and what is copied in. No GPU is needed: the `cuda` fixture is a stand-in for CUDA's own graphs.
+
+It records the operations that ran between begin and end, and a replay runs them again into the same tensors, so that outputs are
+overwritten and inputs are read from fixed addresses, as on a GPU. tests/test_gpu.py has the real ones.
+"""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import ksag
+from ksag import graphs
+from ksag.samplers import SAMPLERS, sample
+from tests.conftest import inputs, make_denoiser
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, ops):
+        super().__init__()
+        self.ops = ops
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.ops.append((func, args, kwargs or {}, out))
+        return out
+
+
+class CPUGraph:
+    """A stand-in for torch.cuda.CUDAGraph."""
+
+    replays = 0
+
+    def __init__(self):
+        self.ops = []
+
+    def replay(self):
+        CPUGraph.replays += 1
+        with torch.autocast("cpu", enabled=False):  # what was recorded has autocast's casts in it
+            for func, args, kwargs, out in self.ops:
+                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, torch.Tensor) and old is not new:
+                        old.copy_(new)
+
+
+class Stream:
+    cuda_stream = 0
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(graphs, "_replayable", lambda x: not torch.is_grad_enabled())
+    monkeypatch.setattr(CPUGraph, "replays", 0)
+    for name, value in {
+        "CUDAGraph": CPUGraph,
+        "graph": lambda graph, *args, **kwargs: Recorder(graph.ops),
+        "Stream": Stream,
+        "current_stream": lambda device=None: Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "device": lambda device: contextlib.nullcontext(),
+        "graph_pool_handle": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def wrap(denoiser, limit=8, **options):
+    guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond", **options)
+    with pytest.warns(UserWarning, match="not on a CUDA device, so it runs as without"):
+        return guided.use_cuda_graphs(limit)
+
+
+def call(guided, batch=2, size=(16, 24), sigma=3.0, cond_scale=2.0, **options):
+    x, sigma, cond, uncond = inputs(batch, size, sigma)
+    with torch.no_grad():
+        return guided(x, sigma, cond=cond, uncond=uncond, cond_scale=cond_scale, **options)
+
+
+def eager(denoiser, *args, options=None, **kwargs):
+    with ksag.SAGDenoiser(denoiser, cond_key="mapping_cond", **(options or {})) as guided:
+        return call(guided, *args, **kwargs)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("options", [{}, {"sigma_range": (0.5, 4.0)}, {"batch_cond": False}])
+def test_replays_give_the_eager_image_under_every_sampler(cuda, denoiser, sampler, options):
+    _, _, cond, uncond = inputs()
+    sigmas = torch.tensor([10.0, 3.0, 1.0, 0.3, 0.0])
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+    plain = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond", **options)
+    with plain.trace() as expected_steps:
+        expected = sample(sampler, plain, (3, 12, 16), sigmas, [0, 1], args)
+    guided = wrap(denoiser, **options)
+    with guided.trace() as steps:
+        result = sample(sampler, guided, (3, 12, 16), sigmas, [0, 1], args)
+    assert torch.equal(result, expected)
+    assert CPUGraph.replays > len(guided._graphs) >= 2
+    assert len(steps) == len(expected_steps) > 0
+    for step, wanted in zip(steps, expected_steps, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(step, wanted, strict=True))
+
+
+def test_a_step_is_two_graphs_and_scales_take_no_more(cuda, denoiser):
+    guided = wrap(denoiser)
+    for options in {}, {"cond_scale": 5.0}, {"sag_scale": 2.0}, {"blur_sigma": 1.0}, {"mask_threshold": 0.9}, {"sigma": 1.0}:
+        assert torch.equal(call(guided, **options), eager(denoiser, **options))
+    assert len(guided._graphs) == 2
+    assert torch.equal(call(guided, sag_scale=0.0), eager(denoiser, sag_scale=0.0))
+    assert len(guided._graphs) == 3
+
+
+def test_new_shapes_are_captured_by_themselves_within_the_limit(cuda, denoiser):
+    guided = wrap(denoiser, limit=4)
+    sizes = [(16, 24), (12, 16), (8, 8)]
+    for size in sizes[:2]:
+        call(guided, size=size)
+    with pytest.warns(UserWarning, match=r"More than 4 CUDA graphs.*limit=\.\.\."):
+        call(guided, size=sizes[2])
+    assert len(guided._graphs) == 4
+    for size in sizes:
+        assert torch.equal(call(guided, size=size), eager(denoiser, size=size))
+
+
+def test_the_least_recently_used_is_dropped(cuda, denoiser):
+    guided = wrap(denoiser, limit=4)
+    call(guided, size=(16, 24))
+    call(guided, size=(12, 16))
+    call(guided, size=(16, 24))
+    with pytest.warns(UserWarning, match="dropped"):
+        call(guided, size=(8, 8))
+    kept = {dict((place, shape) for place, shape, *_ in key[3])["[0]"] for key in guided._graphs._captured}
+    assert kept == {(2, 3, 16, 24), (2, 3, 8, 8)}
+
+
+def test_conditioning_is_copied_in_only_when_it_changes(cuda, denoiser):
+    copies = []
+
+    class Counting(graphs.Input):
+        def fill(self, tensor):
+            before = self.static._version
+            super().fill(tensor)
+            copies.append((tuple(tensor.shape), self.static._version > before))
+
+    x, sigma, cond, uncond = inputs()
+    cond, uncond = cond.clone(), uncond.clone()
+    guided = wrap(denoiser)
+
+    def run(cond):
+        copies.clear()
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(graphs, "Input", Counting)
+            result = guided(x.clone(), sigma, cond=cond, uncond=uncond, cond_scale=2.0)
+            with ksag.SAGDenoiser(denoiser, cond_key="mapping_cond") as plain:
+                assert torch.equal(result, plain(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0))
+        return [copied for shape, copied in copies if shape == tuple(cond.shape)]
+
+    run(cond)
+    assert run(cond) == [False, False, False]  # cond and uncond of the first pass, uncond of the second
+    assert any(copied for shape, copied in copies if shape == tuple(x.shape))
+    cond.mul_(2)
+    assert run(cond) == [True, False, False]
+    assert run(cond.clone()) == [True, False, False]
+    uncond.data = uncond + 1
+    assert run(cond)[1:] == [True, True]
+
+
+def test_weights_may_change_in_place_and_may_move(cuda):
+    denoiser = make_denoiser()
+    guided = wrap(denoiser)
+    first = call(guided)
+    weight = next(p for p in denoiser.parameters() if p.ndim == 4)
+    with torch.no_grad():
+        weight.mul_(1.5)
+    changed = call(guided)
+    assert not torch.equal(changed, first) and torch.equal(changed, eager(denoiser))
+    before = list(guided._graphs._captured.values())
+    weight.data = weight.data / 1.5
+    assert torch.equal(call(guided), eager(denoiser))
+    assert not set(before) & set(guided._graphs._captured.values())
+
+
+def test_gradients_run_eagerly(cuda, denoiser):
+    x, sigma, cond, uncond = inputs()
+    guided = wrap(denoiser)
+    x.requires_grad_()
+    guided(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0).sum().backward()
+    assert x.grad.norm() > 0 and CPUGraph.replays == 0
+
+
+def test_inference_mode_and_no_grad_share_their_graphs(cuda, denoiser):
+    guided = wrap(denoiser)
+    expected = call(guided)
+    x, sigma, cond, uncond = inputs()
+    with torch.inference_mode():
+        args = {"cond": cond.clone(), "uncond": uncond.clone(), "cond_scale": 2.0}
+        assert torch.equal(guided(x.clone(), sigma, **args), expected)
+        args["cond"].mul_(2)  # an inference tensor counts no versions
+        doubled = guided(x.clone(), sigma, **args)
+    assert not torch.equal(doubled, expected)
+    assert torch.equal(call(guided), expected) and len(guided._graphs) == 2
+
+
+def test_autocast_has_graphs_of_its_own(cuda, denoiser):
+    guided = wrap(denoiser)
+    plain = call(guided)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(guided), eager(denoiser))
+    assert torch.equal(call(guided), plain) and len(guided._graphs) == 4
+
+
+def test_each_thread_captures_for_itself(cuda, denoiser):
+    guided = wrap(denoiser)
+    results = {}
+
+    def work(sigma):
+        results[sigma] = [call(guided, sigma=sigma) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(sigma,)) for sigma in (1.0, 5.0)]
+    for thread in threads:
+        thread.start()
+        thread.join()  # one after the other: the stand-in records all that the process runs
+    assert len(guided._graphs) == 4
+    for sigma, images in results.items():
+        assert all(torch.equal(image, eager(denoiser, sigma=sigma)) for image in images)
+
+
+def test_keywords_are_part_of_the_signature_or_refused(cuda):
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner_model = make_denoiser()
+
+        def forward(self, x, sigma, bias=0.0, **kwargs):
+            return self.inner_model(x, sigma, **kwargs) + (bias if isinstance(bias, float) else 0)
+
+    guided = wrap(Biased())
+    plain, biased = call(guided), call(guided, bias=1.0)
+    assert not torch.equal(plain, biased) and len(guided._graphs) == 4
+    with pytest.raises(TypeError, match=r"inner_model\[4\]\['bias'\] is a object, and a CUDA graph would not see it change"):
+        call(guided, bias=object())
+
+
+def test_a_model_that_cannot_be_captured_is_a_clear_error(cuda, denoiser, monkeypatch):
+    class Fails(Recorder):
+        def __exit__(self, *exc_info):
+            super().__exit__(*exc_info)
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    guided = wrap(denoiser)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, *args, **kwargs: Fails(graph.ops))
+    with pytest.raises(RuntimeError, match=r"could not be captured.*\.item\(\).*operation not permitted when stream is capturing$"):
+        call(guided)
+    assert len(guided._graphs) == 0
+
+
+def test_close_frees_the_graphs(cuda, denoiser):
+    guided = wrap(denoiser)
+    call(guided)
+    guided.close()
+    assert guided._graphs is None
+    assert torch.equal(call(guided, sag_scale=0.0), eager(denoiser, sag_scale=0.0))
+
+
+def test_on_a_cpu_it_warns_and_runs_eagerly(denoiser):
+    assert torch.equal(call(wrap(denoiser)), eager(denoiser))
+
+
+def test_a_limit_below_one_step_is_an_error(denoiser):
+    with pytest.raises(ValueError, match="limit must be 2 or more, since a guided step replays two graphs, got 1"):
+        ksag.SAGDenoiser(denoiser, cond_key="mapping_cond").use_cuda_graphs(1)
