@@ -14,7 +14,9 @@ class AttentionLayer(NamedTuple):
     """A self-attention layer, or in a model where ksag knows none, a module that looks like one."""
 
     path: str
+    """Where it is in `inner_model`; `SAGDenoiser(inner_model, attention=path)` looks at it."""
     family: str
+    """The way of writing attention that it follows, or that ksag knows none."""
     heads: int | None
     """None where ksag does not know how the layer holds it."""
     grid: tuple[int, int] | None
@@ -22,7 +24,12 @@ class AttentionLayer(NamedTuple):
 
 
 class AttentionLayers(list[AttentionLayer]):
-    """A list that shows as a table."""
+    """A list of `AttentionLayer` that shows as a table.
+
+    >>> AttentionLayers([AttentionLayer("mid_block.attn1", "CompVis / SGM / diffusers", 8, (8, 8))])
+    path             family                     heads  grid
+    mid_block.attn1  CompVis / SGM / diffusers  8      8×8
+    """
 
     def _cells(self) -> list[tuple[str, ...]]:
         rows = [(path, family, f"{heads or '?'}", "×".join(map(str, grid or "?"))) for path, family, heads, grid in self]
@@ -46,6 +53,13 @@ def list_attention(inner_model: nn.Module) -> AttentionLayers:
     Each `path` can be given to `SAGDenoiser(inner_model, attention=path)`. In a model of no family that ksag knows, it
     lists what looks like attention by the name of its class. Whether such a module can be read shows when it runs: ksag
     then looks for its call of `torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        inner_model: a k-diffusion denoiser, or the UNet in it; nothing of it runs.
+
+    Returns:
+        A list of `AttentionLayer`, empty where nothing looks like attention. The grid (h', w'), in tokens, is what a
+            `SAGDenoiser` on this model last saw, None before.
 
     >>> import ksag.zoo
     >>> ksag.list_attention(ksag.zoo.load())  # doctest: +ELLIPSIS
@@ -84,12 +98,25 @@ def _grid_seen(layer: nn.Module) -> tuple[int, int] | None:
 
 
 def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[str, nn.Module, Family | None]:
-    """The layer that `attention` names: "middle", a dotted path in `inner_model` or in a UNet it holds, or the module.
+    """The layer that `attention` names.
 
-    Its family is None if ksag knows none that fits: only the layer's call of scaled_dot_product_attention can tell then.
+    Args:
+        inner_model: the model to look in.
+        attention: "middle" (the first self-attention of the middle block, or else of the deepest level), a dotted path in
+            `inner_model` or in a UNet it holds, or the module itself.
+
+    Returns:
+        Its path in `inner_model`, the module, and its family: None if ksag knows none that fits, so that only the layer's
+            call of scaled_dot_product_attention can tell.
 
     Raises:
         ValueError: there is none, or it is no self-attention that ksag can read; the message lists what there is.
+
+    >>> from diffusers import UNet2DModel
+    >>> unet = UNet2DModel(block_out_channels=(32, 32, 32, 32), norm_num_groups=8, layers_per_block=1)
+    >>> path, layer, family = find_attention(unet, "middle")
+    >>> path, family.name
+    ('mid_block.attentions.0', 'CompVis / SGM / diffusers')
     """
     if isinstance(attention, nn.Module):
         path = next((path for path, module in inner_model.named_modules() if module is attention), None)
@@ -145,7 +172,13 @@ def _resolve(inner_model: nn.Module, path: str) -> str:
 
 
 def hint(inner_model: nn.Module, path: str = "") -> str:
-    """What to give as attention=: the nearest readable layers, or the modules that look like attention."""
+    """What to give as attention=: the layers nearest to `path` that can be read, or the modules that look like attention.
+
+    >>> from diffusers import UNet2DModel
+    >>> unet = UNet2DModel(block_out_channels=(32, 32, 32, 32), norm_num_groups=8, layers_per_block=1)
+    >>> hint(unet, "mid_block")
+    "Name one of its 10 self-attention layers as attention=, for example 'mid_block.attentions.0'."
+    """
     if readable := _readable(inner_model):
         inside = [p for p in readable if path and p.startswith(f"{path}.")]
         nearest = inside or difflib.get_close_matches(path, readable, n=5, cutoff=0.0)

@@ -28,6 +28,7 @@ class Applied(NamedTuple):
     k: Tensor
     """(b, heads, memory + tokens, dim)"""
     scale: float
+    """What the layer multiplies q kᵀ by, as a rule dim ** -0.5."""
     grid: tuple[int, int] | None = None
     """(h', w') of the tokens; None where the layer sees a sequence, whose grid only the modules around it know."""
     memory: int = 0
@@ -38,13 +39,15 @@ class Family(NamedTuple):
     """How to know a self-attention layer, which of its submodules to hook, and how to read their outputs."""
 
     name: str
+    """What `ksag.list_attention` shows."""
     heads: str
     """The layer's attribute that holds its number of heads."""
     sources: tuple[str, ...]
     """Names of submodules; a layer need not have, nor run, all of them."""
     matches: Callable[[nn.Module, str], bool]
+    """Whether a module at a path is such a layer."""
     read: Callable[[Any, Outputs], Applied | None]
-    """None: the sources that it needs did not run."""
+    """The layer and its sources' outputs → what it applied; None if the sources that it needs did not run."""
 
 
 def _has_modules(layer: nn.Module, *names: str) -> bool:
@@ -111,7 +114,12 @@ def _read_v2_transformer(layer: Any, outputs: Outputs) -> Applied | None:
 
 
 def is_cross_attention(layer: nn.Module, path: str) -> bool:
-    """Whether the layer is of CompVis's or diffusers' form, but reads something besides the image."""
+    """Whether the layer is of CompVis's or diffusers' form, but reads something besides the image.
+
+    >>> from diffusers.models.attention_processor import Attention
+    >>> is_cross_attention(Attention(32), "attn1"), is_cross_attention(Attention(32, cross_attention_dim=64), "attn2")
+    (False, True)
+    """
     # Nothing in a CompVis CrossAttention says whether it reads the image or the text, but its transformer block
     # calls the one attn1 and the other attn2; diffusers says it outright, and its added keys are text as well.
     to_q, to_k = getattr(layer, "to_q", None), getattr(layer, "to_k", None)
@@ -230,6 +238,12 @@ FAMILIES = (
 
 
 def family_of(layer: nn.Module, path: str) -> Family | None:
+    """The family that the layer at `path` of a model belongs to, the first that matches; None if there is none.
+
+    >>> from diffusers.models.attention_processor import Attention
+    >>> family_of(Attention(32), "mid_block.attn1").name
+    'CompVis / SGM / diffusers'
+    """
     return next((family for family in FAMILIES if family.matches(layer, path)), None)
 
 
@@ -240,9 +254,13 @@ class Call(NamedTuple):
     """What a call of `F.scaled_dot_product_attention` attends with."""
 
     q: Tensor
+    """(b, heads, tokens, dim) or (b heads, tokens, dim)"""
     k: Tensor
+    """of the shape of q, its tokens being the keys"""
     masked: bool
+    """Whether it had a mask, or was causal."""
     scale: float | None
+    """As it was given; None is dim ** -0.5."""
 
 
 def _call(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Call:  # type: ignore
@@ -250,7 +268,13 @@ def _call(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
 
 
 class WatchSDPA(TorchFunctionMode):
-    """Keeps what every `F.scaled_dot_product_attention` attends with while the mode is entered, and lets each one run."""
+    """Keeps what every `F.scaled_dot_product_attention` attends with while the mode is entered, and lets each one run.
+
+    >>> with WatchSDPA() as watch:
+    ...     attended = F.scaled_dot_product_attention(*torch.randn(3, 1, 2, 16, 8))
+    >>> [call.q.shape for call in watch.calls]
+    [torch.Size([1, 2, 16, 8])]
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,10 +291,15 @@ def read_sdpa(call: Call, batch: int | None, spatial: tuple[int, int] | None) ->
 
     Args:
         call: its q and k are (b, heads, tokens, dim) or (b heads, tokens, dim).
-        batch, spatial: b and (h, w) of the nearest spatial input, if there was one.
+        batch: b of the nearest spatial input, if there was one.
+        spatial: (h, w) of that.
 
     Raises:
         ValueError: a mask, or another shape.
+
+    >>> q, k = torch.randn(2, 1, 2, 16, 8)
+    >>> read_sdpa(Call(q, k, masked=False, scale=None), batch=1, spatial=(8, 8)).grid
+    (4, 4)
     """
     q, k = call.q, call.k
     if call.masked:

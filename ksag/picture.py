@@ -15,7 +15,19 @@ INK, FAINT, PAPER, GLOW = (24, 24, 27), (95, 95, 105), (255, 255, 255), (255, 15
 
 
 def check_writable(out: Path) -> None:
-    """Raises an error now, rather than after sampling, if `out` (a .png file, or else a folder) cannot be written."""
+    """Raises an error now, rather than after sampling, if `out` cannot be written. Makes the folders that it needs.
+
+    Args:
+        out: a .png file, or else (no ending) a folder.
+
+    Raises:
+        ValueError: another ending, or a folder that is called .png.
+        OSError: it cannot be written; the message has the system's reason.
+
+    >>> check_writable(Path("samples.jpg"))
+    Traceback (most recent call last):
+    ValueError: --out samples.jpg must end in .png, or be a folder (no ending) for one PNG per sample.
+    """
     if out.suffix and out.suffix.lower() != ".png":
         raise ValueError(f"--out {out} must end in .png, or be a folder (no ending) for one PNG per sample.")
     if out.suffix and out.is_dir():
@@ -29,7 +41,14 @@ def check_writable(out: Path) -> None:
 
 
 def save(image: Image.Image, path: Path, parameters: str) -> None:
-    """Writes a PNG whole or not at all, its parameters in the text chunk that image tools read ("parameters")."""
+    """Writes a PNG whole or not at all, its parameters in the text chunk that image tools read ("parameters").
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Image.new("RGB", (8, 8)), Path(folder, "cat.png"), "a cat\\nSteps: 20")
+    ...     print(Image.open(Path(folder, "cat.png")).text["parameters"])
+    a cat
+    Steps: 20
+    """
     info = PngInfo()
     info.add_text("parameters", parameters)
     part = path.with_name(f".{path.name}.part")
@@ -38,18 +57,33 @@ def save(image: Image.Image, path: Path, parameters: str) -> None:
 
 
 def to_image(sample: Tensor, scale: int = 1) -> Image.Image:
-    """(c, h, w) in [-1, 1] → an RGB picture, `scale` times as large."""
+    """(c, h, w) in [-1, 1], c 1 or 3 → an RGB picture, `scale` times as large. What lies outside is clamped.
+
+    >>> import torch
+    >>> to_image(torch.zeros(3, 8, 12), scale=2).size
+    (24, 16)
+    """
     image = to_pil_image(((sample.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()).convert("RGB")
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS) if scale > 1 else image
 
 
 def grid(samples: Tensor, columns: int) -> Image.Image:
-    """(b, c, h, w) in [-1, 1] → one picture of rows of `columns` samples."""
+    """(b, c, h, w) in [-1, 1] → one RGB picture of rows of `columns` samples, on white, 2 pixels apart.
+
+    >>> import torch
+    >>> grid(torch.zeros(4, 3, 8, 8), columns=2).size
+    (22, 22)
+    """
     return to_image(torchvision.utils.make_grid(samples.float().cpu(), nrow=columns, padding=2, pad_value=1.0))
 
 
 def overlay(image: Image.Image, mask: Tensor) -> Image.Image:
-    """The picture in dim grey, glowing where `mask` (1, h, w) in [0, 1] is high."""
+    """The picture in dim grey, glowing where `mask` (1, h, w) in [0, 1] is high; of the picture's size.
+
+    >>> import torch
+    >>> overlay(Image.new("RGB", (16, 16)), torch.ones(1, 4, 4)).getpixel((0, 0))
+    (191, 112, 0)
+    """
     grey = image.convert("L").point(lambda value: value * 0.6).convert("RGB")
     alpha = to_pil_image((mask * 191).round().byte().cpu()).resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", image.size, GLOW), grey, alpha)

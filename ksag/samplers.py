@@ -11,15 +11,26 @@ SAMPLERS = (
     "euler", "euler_ancestral", "heun", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive",
     "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde",
 )  # fmt: skip
+"""The names that `sample` takes, each a `K.sampling.sample_NAME`."""
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each sample, so that its noise depends on neither the batch nor the device."""
+    """One CPU generator for each sample, so that its noise depends on neither the batch nor the device.
+
+    >>> one, two = generators([7, 8])
+    >>> one.initial_seed(), two.initial_seed()
+    (7, 8)
+    """
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device: str | torch.device = "cpu") -> Tensor:
-    """(len(generators), *shape) of standard normal noise, a row from each generator."""
+    """(len(generators), *shape) of standard normal noise, a row from each generator; drawn on the CPU, then moved to `device`.
+
+    >>> both, second = randn((3, 4, 4), generators([7, 8])), randn((3, 4, 4), generators([8]))
+    >>> torch.equal(both[1:], second)
+    True
+    """
     return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
 
 
@@ -40,13 +51,26 @@ def sample(
         sampler: one of `SAMPLERS`, that is `K.sampling.sample_{sampler}`.
         model: a denoiser, guided or not.
         shape: (c, h, w) of a sample.
-        sigmas: (steps + 1,) noise levels, at least 2 steps, from the highest to 0, on the model's device.
+        sigmas: (steps + 1,) noise levels, at least 2 steps, from the highest to 0, on the model's device. `dpm_fast` makes as
+            many model calls as there are steps, and `dpm_adaptive` takes only the highest and the lowest but 0 of them.
         seeds: one for each sample.
         extra_args: passed to the model at every call.
-        callback: k-diffusion's, called at every step.
+        callback: k-diffusion's, called at every step with a dict of `x`, `denoised`, `sigma`, `i` and more.
 
     Returns:
-        (len(seeds), c, h, w).
+        (len(seeds), c, h, w), on the device and of the dtype of `sigmas`.
+
+    Raises:
+        AttributeError: k-diffusion has no such sampler.
+
+    >>> import k_diffusion as K
+    >>> import ksag.zoo
+    >>> guided = ksag.SAGDenoiser(ksag.zoo.load(), sag_scale=2.0)
+    >>> sigmas = K.sampling.get_sigmas_karras(2, 0.1, 80.0)
+    >>> both = sample("euler_ancestral", guided, (3, 32, 32), sigmas, seeds=[7, 8])
+    >>> second = sample("euler_ancestral", guided, (3, 32, 32), sigmas, seeds=[8])
+    >>> torch.allclose(both[1:], second, atol=1e-4)
+    True
     """
     import k_diffusion as K  # here, because it takes seconds, and the names above are needed without it
 

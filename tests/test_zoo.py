@@ -24,6 +24,21 @@ def test_load_returns_a_k_diffusion_denoiser(bundled):
     assert not bundled.training and not any(p.requires_grad for p in bundled.parameters())
 
 
+def test_the_classes_are_those_of_the_config():
+    assert list(zoo.CLASSES) == zoo.load_config()["dataset"]["classes"]
+
+
+def test_conditioning_takes_names_and_numbers():
+    cond, uncond = zoo.conditioning(["cat", 7, "airplane"])
+    assert torch.equal(cond, zoo.one_hot([3, 7, 0])) and torch.equal(uncond, torch.zeros(3, 10))
+
+
+@pytest.mark.parametrize(("classes", "wrong"), [(["cat", "lynx"], "'lynx'"), ([10], "10"), ([-1], "-1"), ("cat", "'c'")])
+def test_conditioning_for_no_such_class(classes, wrong):
+    with pytest.raises(ValueError, match=f"{wrong} is no class of the bundled model: give a list of 0 to 9, or of airplane, "):
+        zoo.conditioning(classes)
+
+
 def test_the_bundled_model_denoises_and_knows_its_classes(bundled):
     """On its own samples: noise that is added comes off again, and better so with the right class."""
     cond = zoo.one_hot([1, 7])

@@ -13,9 +13,17 @@ from torch import Tensor, nn
 
 
 def call_unet(unet: nn.Module, x: Tensor, t: Tensor, concat: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """The UNet's prediction in the latent's dtype, (b, c, h, w), computed in the UNet's own.
+    """The UNet's prediction in the latent's dtype, computed in the UNet's own.
 
-    `concat` (b, c', h, w) are the further channels of an inpainting UNet; a learned variance is left out.
+    Args:
+        unet: a diffusers UNet.
+        x: (b, c, h, w), scaled as the UNet expects it.
+        t: (b,) timesteps, whole or between two.
+        concat: (b, c', h, w), the further channels of an inpainting UNet.
+        **kwargs: the UNet's own, such as `encoder_hidden_states`.
+
+    Returns:
+        (b, c, h, w); a learned variance is left out.
     """
     both = x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1)
     prediction = unet(both.to(next(unet.parameters()).dtype), t, return_dict=False, **kwargs)[0]
@@ -23,16 +31,18 @@ def call_unet(unet: nn.Module, x: Tensor, t: Tensor, concat: Tensor | None = Non
 
 
 class EpsDenoiser(K.external.DiscreteEpsDDPMDenoiser):
-    """A diffusers UNet that predicts the noise (`prediction_type` "epsilon")."""
+    """A diffusers UNet that predicts the noise (`prediction_type` "epsilon"): denoised = x − σ · ε(x / √(σ² + 1), t)."""
 
     def get_eps(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The predicted noise, (b, c, h, w): what k-diffusion's wrapper asks for."""
         return call_unet(self.inner_model, *args, **kwargs)
 
 
 class VDenoiser(K.external.DiscreteVDDPMDenoiser):
-    """A diffusers UNet that predicts v ("v_prediction")."""
+    """A diffusers UNet that predicts v ("v_prediction"): denoised = x / (σ² + 1) − σ / √(σ² + 1) · v(x / √(σ² + 1), t)."""
 
     def get_v(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The predicted v, (b, c, h, w): what k-diffusion's wrapper asks for."""
         return call_unet(self.inner_model, *args, **kwargs)
 
 
@@ -40,11 +50,13 @@ class SampleDenoiser(K.external.DiscreteEpsDDPMDenoiser):
     """A diffusers UNet that predicts the denoised latent itself ("sample")."""
 
     def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        """The denoised latent, (b, c, h, w), of `input` (b, c, h, w) at `sigma` (b,)."""
         c_in = K.utils.append_dims(self.get_scalings(sigma)[1], input.ndim)
         return call_unet(self.inner_model, input * c_in, self.sigma_to_t(sigma), **kwargs)
 
 
 PREDICTIONS = {"epsilon": EpsDenoiser, "v_prediction": VDenoiser, "sample": SampleDenoiser}
+"""A scheduler's `prediction_type` → the denoiser for it."""
 
 
 def denoiser(model: Any, scheduler: Any = None, *, quantize: bool = False) -> K.external.DiscreteSchedule:
@@ -61,6 +73,16 @@ def denoiser(model: Any, scheduler: Any = None, *, quantize: bool = False) -> K.
         TypeError: a UNet without a scheduler.
         ValueError: a scheduler whose sigmas k-diffusion cannot represent (flow matching, EDM, or a zero terminal SNR),
             or an unknown `prediction_type`.
+
+    >>> import ksag
+    >>> from diffusers import DDIMScheduler, UNet2DModel
+    >>> unet = UNet2DModel(
+    ...     sample_size=8, block_out_channels=(32, 32), norm_num_groups=8, layers_per_block=1,
+    ...     down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ... )
+    >>> guided = ksag.SAGDenoiser(denoiser(unet, DDIMScheduler()), cond_key=None)
+    >>> guided(torch.randn(1, 3, 16, 16), torch.ones(1)).shape
+    torch.Size([1, 3, 16, 16])
     """
     unet, scheduler = (model.unet, scheduler or model.scheduler) if hasattr(model, "unet") else (model, scheduler)
     if scheduler is None:
@@ -89,11 +111,18 @@ def conditioning(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """cond and uncond of a Stable Diffusion 1.x, 2.x or XL pipeline, `n` rows for each prompt.
 
+        cond, uncond = conditioning(pipe, ["a cat", "a dog"], "blurry", n=2)   # four rows each
+
     Args:
         pipe: the pipeline.
-        prompt, negative_prompt: one, or one for each picture.
+        prompt: one, or a list of them.
+        negative_prompt: what uncond is made of: one, or one for each prompt.
         n: pictures for each prompt.
         size: (height, width) in pixels, which SDXL is told; by default what it was trained at.
+
+    Returns:
+        Two dicts of the UNet's keywords, for a `SAGDenoiser` with `cond_key=None`: `encoder_hidden_states`
+            (rows, tokens, channels), and for SDXL `added_cond_kwargs`.
     """
     count = 1 if isinstance(prompt, str) else len(prompt)
     if isinstance(negative_prompt, str) and not isinstance(prompt, str):
@@ -114,13 +143,29 @@ def conditioning(
 
 @torch.no_grad()
 def encode(pipe: Any, images: Tensor) -> Tensor:
-    """Pictures (b, 3, H, W) in [-1, 1] → latents (b, 4, h, w), the mode of the VAE's posterior, scaled as the UNet expects."""
+    """Pictures → latents, the mode of the VAE's posterior, scaled as the UNet expects (`scaling_factor`). No gradients.
+
+    Args:
+        pipe: the pipeline; only its `vae` is used, on its device and in its dtype.
+        images: (b, 3, H, W) in [-1, 1].
+
+    Returns:
+        (b, 4, h, w), as a rule an eighth of H and W, of the dtype of `images`.
+    """
     vae = pipe.vae
     return vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().to(images.dtype) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Latents (b, 4, h, w) → pictures (b, 3, H, W), about [-1, 1]. (SDXL's VAE overflows in float16: give it float32.)"""
+    """Latents → pictures. No gradients. (SDXL's VAE overflows in float16: give it float32.)
+
+    Args:
+        pipe: the pipeline; only its `vae` is used, in its dtype.
+        latents: (b, 4, h, w), as a sampler returns them, on the VAE's device.
+
+    Returns:
+        (b, 3, H, W), about [-1, 1], of the dtype of `latents`.
+    """
     vae = pipe.vae
     return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].to(latents.dtype)

@@ -6,6 +6,7 @@ guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import k_diffusion as K
@@ -15,13 +16,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CIFAR10 = Path(__file__).parent / "cifar10.safetensors"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""What the bundled model was trained on, in the order of its one-hot classes."""
 
 
 def load_config(weights: str | os.PathLike[str] = CIFAR10) -> dict:
     """The k-diffusion config in the metadata of a safetensors file, with k-diffusion's defaults filled in.
 
+    Args:
+        weights: a safetensors file; by default the bundled model's.
+
     Raises:
+        FileNotFoundError: no such file.
         ValueError: the file is cut off, no safetensors file, or holds no k-diffusion config.
+
+    >>> load_config()["model"]["input_size"]
+    [32, 32]
     """
     try:
         with safe_open(weights, framework="pt") as file:
@@ -76,6 +86,41 @@ def load(
     return denoiser.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def one_hot(classes: list[int], num_classes: int = 10, device: str | torch.device = "cpu") -> Tensor:
-    """Class vectors (b, num_classes) for `mapping_cond`; its `zeros_like` is the unconditional class."""
-    return F.one_hot(torch.tensor(classes, device=device), num_classes).float()
+def one_hot(classes: Sequence[int], num_classes: int = 10, device: str | torch.device = "cpu") -> Tensor:
+    """Class vectors (b, num_classes) for `mapping_cond`; their `zeros_like` is the unconditional class.
+
+    Args:
+        classes: each sample's class, 0 to num_classes - 1.
+        num_classes: how many the model knows.
+        device: the model's.
+
+    Raises:
+        RuntimeError: no such class.
+
+    >>> one_hot([1, 0], num_classes=3)
+    tensor([[0., 1., 0.],
+            [1., 0., 0.]])
+    """
+    return F.one_hot(torch.tensor(classes, dtype=torch.long, device=device), num_classes).float()
+
+
+def conditioning(classes: Sequence[str | int], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """What the bundled model takes as `mapping_cond`, for each sample's class and for none: cond and uncond, (b, 10) each.
+
+    Args:
+        classes: a name out of `CLASSES`, or its number, for each sample.
+        device: the model's.
+
+    Raises:
+        ValueError: no such class.
+
+    >>> cond, uncond = conditioning(["cat", 7])
+    >>> cond.argmax(dim=1), uncond.any()
+    (tensor([3, 7]), tensor(False))
+    """
+    numbers = [CLASSES.index(name) if name in CLASSES else name for name in classes]
+    for number in numbers:
+        if number not in range(len(CLASSES)):
+            raise ValueError(f"{number!r} is no class of the bundled model: give a list of 0 to 9, or of {', '.join(CLASSES)}.")
+    cond = one_hot([int(number) for number in numbers], len(CLASSES), device)
+    return cond, torch.zeros_like(cond)

@@ -1,0 +1,67 @@
+"""What mkdocs needs to build this site: notebooks as pages, formulas that read without a script or a network, modules' examples."""
+
+import ast
+import html
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import griffe
+import math_core
+import nbformat
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
+"""What pymdownx.arithmatex makes of $...$ and $$...$$."""
+
+to_mathml = math_core.LatexToMathML().convert_with_local_state
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds notebooks/NAME.ipynb as notebooks/NAME.md, its stored outputs beside it. (mkdocs-jupyter loads scripts from a CDN.)"""
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        resources = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
+        notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.setdefault("language_info", {"name": "python"})  # how its code is highlighted
+        body, resources = MarkdownExporter().from_notebook_node(notebook, resources=resources)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=body.replace("](../docs/", "](../")))
+        for name, content in resources["outputs"].items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
+    return files
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Renders the formulas as MathML. One that cannot be rendered ends the build with an error that shows it."""
+    return FORMULA.sub(lambda match: to_mathml(html.unescape(match[2]), displaystyle=match[1] == "div"), content)
+
+
+class Examples(griffe.Extension):
+    """Shows as Python what a docstring has of it: doctests, indented lines, and a module's, which its formatter does not let stand
+    indented.
+    """
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring:
+            paragraphs = obj.docstring.value.split("\n\n")
+            obj.docstring.value = "\n\n".join(fenced(text, "" if obj.is_module else "    ") for text in paragraphs)
+
+
+def fenced(paragraph: str, indent: str) -> str:
+    if paragraph.startswith(">>>"):
+        return "```pycon\n" + re.sub(r" *# doctest:.*", "", paragraph) + "\n```"
+    code = textwrap.dedent(paragraph)
+    return f"```python\n{code}\n```" if paragraph.startswith(indent) and is_python(code) else paragraph
+
+
+def is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True

@@ -1,0 +1,184 @@
+"""The widget of notebooks/quickstart.ipynb in JupyterLab, in a real browser."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+ARGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+TOKEN = "ksag-browser-test"
+PATIENCE = 300  # seconds for anything, on a slow machine
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # a cell is in the page wherever the page is scrolled to
+    "apputils-extension/notification": {"fetchNews": "false"},
+}
+WINDOW = {"width": 1280, "height": 1100}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason=f"no browser here: none of {', '.join(BROWSERS)} is on the PATH"),
+]
+
+
+@contextlib.contextmanager
+def jupyterlab(folder: Path):
+    """Yields the address of a server that knows nothing of the user's own Jupyter, and the file that it logs to."""
+    home, work, log = folder / "home", folder / "work", folder / "server.log"
+    for name, setting in SETTINGS.items():
+        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(setting))
+    places = {
+        "HOME": home,
+        "IPYTHONDIR": home / "ipython",
+        "JUPYTER_CONFIG_DIR": home / "config",
+        "JUPYTER_DATA_DIR": home / "data",
+        "JUPYTER_RUNTIME_DIR": home / "runtime",
+        "JUPYTERLAB_SETTINGS_DIR": home / "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces",
+        "PYTHONPATH": ROOT,
+    }
+    options = (
+        "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--ServerApp.root_dir={work}",
+        f"--IdentityProvider.token={TOKEN}", "--LabApp.expose_app_in_browser=True",
+        "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
+    )  # fmt: skip
+    environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield wait_for(lambda: address(server, log), "JupyterLab to start"), log
+    finally:
+        server.terminate()  # it ends its kernels, and a kernel whose server is gone ends itself
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def address(server: subprocess.Popen, log: Path) -> str | None:
+    assert server.poll() is None, f"JupyterLab ended with {server.returncode}:\n{log.read_text()[-3000:]}"
+    found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
+    return found[0] if found else None
+
+
+def wait_for(condition, what: str):
+    """The first true value that `condition` has, asked several times a second."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {PATIENCE} s in vain for {what}"
+        time.sleep(0.2)
+    return value
+
+
+def copy_of_the_notebook(folder: Path) -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+    assert "explore" in last.metadata.get("tags", ()), f"the last code cell of {NOTEBOOK.name} is not the one tagged 'explore'"
+    (folder / "work").mkdir()
+    nbformat.write(notebook, folder / "work" / NOTEBOOK.name)
+
+
+@contextlib.contextmanager
+def opened_page(folder: Path):
+    """Yields a browser's page that shows a copy of the notebook, its kernel idle. On failure, prints what there is to see."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright's Python package is not installed")
+    copy_of_the_notebook(folder)
+    with (
+        jupyterlab(folder) as (url, log),
+        playwright.sync_playwright() as driver,
+        driver.chromium.launch(executable_path=BROWSER, args=ARGS) as browser,
+    ):
+        page = browser.new_page(viewport=WINDOW)
+        page.set_default_timeout(PATIENCE * 1000)
+        try:
+            page.goto(f"{url}/lab/tree/{NOTEBOOK.name}?token={TOKEN}")
+            page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
+            yield page
+        except BaseException:
+            print(f"The server's log:\n{log.read_text()[-3000:]}")
+            print(f"The page, also in {folder / 'failed.png'}:\n{page.inner_text('body')[-5000:]}")
+            page.screenshot(path=folder / "failed.png")
+            raise
+
+
+def run_all_cells(page) -> None:
+    page.evaluate("{ jupyterapp.commands.execute('notebook:run-all-cells').then(ran => { window.ran = ran ? 'all' : 'failed' }) }")
+    assert wait_for(lambda: page.evaluate("window.ran"), "the cells to run") == "all"
+
+
+class Widget:
+    """What a user sees of the widget, and does to it."""
+
+    def __init__(self, page):
+        self.page = page
+
+    def text(self, part: str) -> str:
+        return self.page.locator(f".ksag-{part}").inner_text()
+
+    def pictures(self, row: str) -> list[bytes]:
+        """The bytes behind each <img>, as the browser has them: plain, with SAG, mask."""
+        read = "images => Promise.all(images.map(async image => [...new Uint8Array(await (await fetch(image.src)).arrayBuffer())]))"
+        return [bytes(data) for data in self.page.locator(f".ksag-{row} img:visible").evaluate_all(read)]
+
+    def press(self, slider: str, key: str) -> None:
+        """A key at the slider's handle."""
+        self.page.locator(".widget-slider", has_text=slider).locator(".noUi-handle").press(key)
+
+    def choose(self, *classes: str) -> None:
+        self.page.locator(".widget-select-multiple select").select_option(list(classes))
+
+    def wait_until_shown(self, setting: str) -> None:
+        """Until the pictures are those of a setting, and nothing is on its way."""
+
+        def shown() -> bool:
+            assert not self.text("error"), self.text("error")
+            return setting in self.text("now") and "done" in self.text("status")
+
+        wait_for(shown, f"{setting!r} above the pictures")
+
+
+def test_the_widget_follows_a_slider_and_says_what_is_wrong(tmp_path):
+    with opened_page(tmp_path) as page:
+        run_all_cells(page)
+        widget = Widget(page)
+        widget.wait_until_shown("sag_scale 2.0")
+        plain, with_sag, mask = first = widget.pictures("now")
+        assert all(png.startswith(b"\x89PNG") for png in first) and not widget.pictures("before")
+        assert '"sag_scale": 2.0' in widget.text("code")
+
+        widget.press("sag_scale", "ArrowRight")
+        widget.wait_until_shown("sag_scale 2.1")
+        moved = widget.pictures("now")
+        assert moved[0] == plain and moved[1] != with_sag and moved[2] != mask
+        assert widget.pictures("before") == first
+        assert '"sag_scale": 2.1' in widget.text("code")
+
+        widget.choose()
+        wait_for(lambda: "No class is chosen" in widget.text("error"), "the error")
+        assert widget.pictures("now") == moved
+
+        widget.choose("cat", "dog", "frog")
+        wait_for(lambda: not widget.text("error"), "the error to go")
+        widget.wait_until_shown("cat, dog, frog")
+        assert widget.pictures("now") != moved and widget.pictures("before") == moved
+        assert "['cat', 'dog', 'frog']" in widget.text("code")
