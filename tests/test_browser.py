@@ -112,7 +112,9 @@ def opened_page(folder: Path):
         page.set_default_timeout(PATIENCE * 1000)
         try:
             page.goto(f"{url}/lab/tree/{NOTEBOOK.name}?token={TOKEN}")
-            page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
+            # before that, JupyterLab would ask which kernel to take
+            page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.isReady")
+            page.wait_for_function("jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'")
             yield page
         except BaseException:
             print(f"The server's log:\n{log.read_text()[-3000:]}")
@@ -122,7 +124,8 @@ def opened_page(folder: Path):
 
 
 def run_all_cells(page) -> None:
-    page.evaluate("{ jupyterapp.commands.execute('notebook:run-all-cells').then(ran => { window.ran = ran ? 'all' : 'failed' }) }")
+    run = "jupyterapp.commands.execute('notebook:run-all-cells').then(ran => { window.ran = ran ? 'all' : 'failed' })"
+    page.evaluate(f"() => {{ {run} }}")
     assert wait_for(lambda: page.evaluate("window.ran"), "the cells to run") == "all"
 
 

@@ -73,9 +73,9 @@ def test_notebook_shows_its_stored_pictures(site, path):
 
 
 def test_the_performance_page_has_the_table_of_the_gpu(site):
-    first_cells = re.findall(r"^\| *([\w ]+?) *\|", (ROOT / "docs/gpu.md").read_text(), re.M)
+    first_cells = re.findall(r"^\| *(\w[\w ]*?) *\|", (ROOT / "docs/gpu.md").read_text(), re.M)
     text = (site / "performance.html").read_text()
-    assert first_cells and all(f"<td>{cell}</td>" in text or f"<th>{cell}</th>" in text for cell in first_cells)
+    assert first_cells and all(f">{cell}</t" in text for cell in first_cells)
 
 
 # The examples. (Those of diffusers.md run in test_diffusers.py; fragments, which cannot run alone, are marked py, not python.)
