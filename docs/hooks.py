@@ -30,10 +30,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         notebook = nbformat.read(path, as_version=4)
         notebook.metadata.setdefault("language_info", {"name": "python"})  # how its code is highlighted
         body, resources = MarkdownExporter().from_notebook_node(notebook, resources=resources)
-        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=body.replace("](../docs/", "](../")))
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=as_page(body)))
         for name, content in resources["outputs"].items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
+
+
+def as_page(body: str) -> str:
+    """A notebook's links to the documentation and to other notebooks, as those between pages."""
+    return re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", body.replace("](../docs/", "](../"))
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:

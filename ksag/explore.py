@@ -4,6 +4,7 @@ from ksag.explore import explore
 explore(guided, (3, 32, 32), sigmas, classes=ksag.zoo.CLASSES, conditioning=ksag.zoo.conditioning)
 """
 
+import atexit
 import copy
 import html
 import io
@@ -11,7 +12,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -170,6 +171,7 @@ class Newest:
         # One thread for all runs, because CUDA graphs are captured for each thread; a daemon, so as not to hold up the kernel's end
         self._thread = threading.Thread(target=self._loop, name="ksag.explore", daemon=True)
         self._thread.start()
+        atexit.register(self._end)
 
     def ask(self, request: Any) -> None:
         with self._changed:
@@ -191,9 +193,15 @@ class Newest:
             self._closed, self._waiting = True, None
             self._changed.notify_all()
 
+    def _end(self) -> None:
+        # Python would take the thread out of the middle of the model's call, which aborts the process
+        self.close()
+        self._thread.join(10)
+
     def _loop(self) -> None:
         while (request := self._next()) is not None:
             self._work(request)
+        atexit.unregister(self._end)
 
     def _next(self) -> Any:
         with self._changed:
@@ -326,9 +334,11 @@ class explore(widgets.VBox):
         return self._newest.wait(timeout)
 
     def close(self) -> None:
-        """Ends the run that is on its way, and takes the widget off the page. `guided` stays as it is."""
+        """Ends the run that is on its way, takes the widget off the page, and lets go of `guided`, which stays as it is."""
         if hasattr(self, "_newest"):  # not where an argument was refused: a widget is closed when it is deleted, too
             self._newest.close()
+            for part in _parts(self):
+                part.close()
         super().close()
 
     def _ask(self, _: Any = None) -> None:
@@ -424,6 +434,16 @@ def _row(name: str) -> _Row:
     label = _line()
     box = widgets.VBox([label, grid], layout=widgets.Layout(display="none")).add_class(name)
     return _Row(box, label, grid, pictures)
+
+
+def _parts(widget: widgets.Widget) -> Iterator[widgets.Widget]:
+    """Children, layouts and styles: ipywidgets keeps each of them, and with it what observes it, until it is closed itself."""
+    for name in ("layout", "style"):
+        if hasattr(widget, name):
+            yield getattr(widget, name)
+    for child in getattr(widget, "children", ()):
+        yield from _parts(child)
+        yield child
 
 
 def _line(text: str = "") -> widgets.HTML:

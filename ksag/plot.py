@@ -42,6 +42,7 @@ NARROWEST = 0.8
 BAR = 1.5
 """Inches that a colour bar and its labels take."""
 
+GAP = 0.08
 MARGIN = 0.06
 FONT = 9
 
@@ -319,14 +320,16 @@ def _draw(panels: Sequence[tuple[str, Sequence[Row]]], titles: Sequence[str], ro
     abreast = min(len(panels), max(1, int((WIDTH + 1) / (columns * NARROWEST + 1))))
     panel_rows = math.ceil(len(panels) / abreast)
     side = min(max(NARROWEST, (WIDTH / abreast - 0.9 * (abreast > 1)) / columns), 1 + width / 100, 3.2)
-    size = (abreast * (columns * side + 1.3) + room, panel_rows * (rows * side * height / width + 0.6))
+    titles = [_wrapped(title, side) for title in titles]
+    heading = 0.3 + 0.17 * max(title.count("\n") + 1 for title in titles)
+    size = (abreast * (columns * side + 1.3) + room, panel_rows * (rows * (side * height / width + GAP) + heading))
     figure = Figure(size, dpi=100, layout="compressed")
     parts = figure.subfigures(panel_rows, abreast, squeeze=False).flat if len(panels) > 1 else [figure]
     for part, (title, panel) in zip(parts, panels, strict=False):
         part.suptitle(title, fontsize=FONT + 2)
         axes = part.subplots(rows, columns, squeeze=False)
         for ax, column in zip(axes[0], titles, strict=True):
-            ax.set_title(_wrapped(column, side), fontsize=FONT)
+            ax.set_title(column, fontsize=FONT)
         for line, (label, images) in zip(axes, panel, strict=True):
             line[0].set_ylabel(_wrapped(label, 1.25), fontsize=FONT, rotation=0, ha="right", va="center")
             for ax, image in zip(line, images, strict=True):

@@ -23,7 +23,7 @@ ARGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 TOKEN = "ksag-browser-test"
-PATIENCE = 300  # seconds for anything, on a slow machine
+PATIENCE = 600  # seconds for anything, on a slow machine
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # a cell is in the page wherever the page is scrolled to
     "apputils-extension/notification": {"fetchNews": "false"},

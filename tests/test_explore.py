@@ -1,14 +1,18 @@
 import copy
+import gc
 import html
 import io
 import re
+import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import k_diffusion as K
 import pytest
 import torch
+from ipywidgets.widgets.widget import _instances
 from PIL import Image
 
 import ksag
@@ -231,10 +235,40 @@ def test_closing_ends_the_run_and_the_thread(opened, calls, gate, guided):
     widget.close()
     open_gate.set()
     thread.join(60)
-    assert not thread.is_alive() and len(calls) == 1 and widget.result is None
+    assert not thread.is_alive() and len(calls) == 1 and widget.result is None and not error(widget)
     widget.controls["seed"].value = 8
     assert widget.wait(0) and len(calls) == 1
     assert guided(torch.randn(1, *SHAPE), torch.ones(1)).isfinite().all()
+
+
+def test_closing_leaves_nothing_behind(denoiser):
+    models = set(_instances)
+    guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
+    widget = settled(explore(guided, SHAPE, SIGMAS, sampler="euler", **CLASSES))
+    left = [weakref.ref(widget), weakref.ref(guided), weakref.ref(widget._newest)]
+    thread = widget._newest._thread
+    widget.close()
+    thread.join(60)
+    assert set(_instances) == models
+    del widget, guided
+    gc.collect()
+    assert [ref() for ref in left] == [None] * 3
+
+
+@pytest.mark.slow
+def test_python_ends_well_in_the_middle_of_a_run():
+    code = """
+import time
+import k_diffusion as K, ksag, ksag.zoo
+from ksag.explore import explore
+guided = ksag.SAGDenoiser(ksag.zoo.load())
+widget = explore(guided, (3, 32, 32), K.sampling.get_sigmas_karras(1000, 0.002, 80.0))
+while not widget._bar.value:
+    time.sleep(0.01)
+print(widget._status.value)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "sampling: plain\n", "")
 
 
 def test_newest_drops_what_is_overtaken():

@@ -1,145 +1,359 @@
-"""The figures: what is drawn where, under which label, and that none of it is cut off."""
+"""The figures: what is drawn where, what is written beside it, and that all of it is on the figure."""
 
-import subprocess
+import builtins
+import importlib
+import io
 import sys
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
+from PIL import Image
+from torch import Tensor
 
-import ksag
-from ksag import plot
-from tests.conftest import inputs, make_denoiser
+from ksag import SAGDenoiser, TraceStep, plot
+from tests.conftest import CLASSES
 
-
-def pictures(figure):
-    """Every array that the figure shows, in its order."""
-    return [np.asarray(image.get_array()) for ax in figure.findobj(lambda a: hasattr(a, "get_images")) for image in ax.get_images()]
+NAMES = ["cat", "dog", "frog"]
 
 
-def texts(figure):
-    return [t.get_text().replace("\n", " ") for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
+def pictures(b: int = 3, size: tuple[int, int] = (32, 32), channels: int = 3) -> Tensor:
+    return torch.rand(b, channels, *size) * 2 - 1
 
 
-def assert_nothing_is_cut_off(figure):
-    figure.canvas.draw()
-    box = figure.bbox
-    for text in figure.findobj(Text):
-        if text.get_text() and text.get_visible():
-            extent = text.get_window_extent()
-            assert extent.x0 >= box.x0 - 1 and extent.y0 >= box.y0 - 1, text.get_text()
-            assert extent.x1 <= box.x1 + 1 and extent.y1 <= box.y1 + 1, text.get_text()
+def decode(latents: Tensor) -> Tensor:
+    """Twice the size, and three of the four channels."""
+    return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
-def solid(*values, size=(8, 12)):
-    return torch.stack([torch.full((3, *size), float(value)) for value in values])
+def step(sigma: float, latent: Tensor | None = None, grid: int = 4) -> TraceStep:
+    u = pictures(2) if latent is None else latent
+    b, _, h, w = u.shape
+    saliency = torch.rand(b, grid, grid) * 1.5
+    mask = torch.nn.functional.interpolate((saliency > 1).float()[:, None], (h, w))
+    return TraceStep(torch.full((b,), sigma), saliency, mask, u, u * 0.9, u * 0.8)
 
 
-@pytest.fixture(scope="module")
-def steps():
-    denoiser = make_denoiser()
-    guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
-    with guided.trace() as steps:
-        for sigma in 5.0, 2.0, 0.5:
-            x, sigmas, cond, uncond = inputs(sigma=sigma)
-            guided(x, sigmas, cond=cond, uncond=uncond, cond_scale=2.0)
-    return steps
+def grid(figure: plot.Figure) -> list[list]:
+    """The axes that hold pictures, by rows, from left to right."""
+    rows: dict[float, list] = {}
+    for ax in figure.axes:
+        if ax.images:
+            rows.setdefault(round(ax.get_position().y0 * figure.bbox.height), []).append(ax)
+    return [sorted(rows[y], key=lambda ax: ax.get_position().x0) for y in sorted(rows, reverse=True)]
 
 
-def test_compare_draws_a_row_per_entry_and_a_column_per_sample():
-    figure = plot.compare({"plain": solid(-1, 0), "with SAG": solid(1, 0.5)}, names=["cat", "dog"])
-    assert [float(p.mean()) for p in pictures(figure)] == pytest.approx([0, 0.5, 1, 0.75])
-    assert {"plain", "with SAG", "cat", "dog"} <= set(texts(figure))
-    assert_nothing_is_cut_off(figure)
+def drawn(ax, layer: int = 0) -> np.ndarray:
+    return np.asarray(ax.images[layer].get_array())
 
 
-def test_compare_shows_the_difference_around_grey_by_the_factor_that_it_names():
-    base = torch.zeros(1, 3, 8, 8)
-    changed = base.clone()
-    changed[:, :, :4] = 0.02
-    figure = plot.compare({"plain": base, "with SAG": changed}, difference=True)
-    gain = float(next(text for text in texts(figure) if "×" in text).rpartition("×")[2])
-    difference = pictures(figure)[-1]
-    assert gain > 1 and np.allclose(difference[5:], 0.5) and np.allclose(difference[:4], 0.5 + gain * 0.01)
+def as_drawn(x: Tensor) -> np.ndarray:
+    return ((x.clamp(-1, 1) + 1) / 2).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
-def test_latents_are_decoded_one_by_one():
+def titles(figure: plot.Figure) -> list[str]:
+    return [ax.get_title() for ax in grid(figure)[0]]
+
+
+def labels(figure: plot.Figure) -> list[str]:
+    return [row[0].get_ylabel().replace("\n", " ") for row in grid(figure)]
+
+
+def texts(figure: plot.Figure) -> list[Text]:
+    return [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+
+
+def assert_all_on_the_figure_and_apart(figure: plot.Figure) -> None:
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts(figure)]
+    panels = [ax.get_window_extent(renderer) for row in grid(figure) for ax in row]
+    for name, box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, f"{name!r} is cut off"
+        assert not any(box.overlaps(panel) for panel in panels), f"{name!r} is over a picture"
+    for i, (name, box) in enumerate(boxes):
+        assert not any(box.overlaps(other) for _, other in boxes[i + 1 :]), f"{name!r} overlaps another text"
+
+
+# compare
+
+
+def test_compare_has_a_row_for_each_entry_and_a_column_for_each_sample():
+    plain, guided = pictures(), pictures()
+    figure = plot.compare({"plain": plain, "with SAG": guided}, names=NAMES)
+    assert titles(figure) == NAMES and labels(figure) == ["plain", "with SAG"]
+    for row, x in zip(grid(figure), (plain, guided), strict=True):
+        for ax, image in zip(row, x, strict=True):
+            np.testing.assert_allclose(drawn(ax), as_drawn(image), atol=1e-6)
+            assert not ax.get_xticks().size and not ax.get_yticks().size
+
+
+def test_compare_shows_the_difference_as_amplified_as_it_says():
+    plain = pictures() * 0.5
+    change = torch.zeros_like(plain)
+    change[:, :, 8:16] = 0.1
+    figure = plot.compare({"plain": plain, "with SAG": plain + change}, difference=True)
+    assert labels(figure)[2] == "with SAG − plain, ×8"
+    shown = drawn(grid(figure)[2][1])
+    np.testing.assert_allclose(shown[8:16], 0.5 + 0.1 / 2 * 8, atol=1e-5)
+    np.testing.assert_allclose(shown[:8], 0.5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("change", "label"), [(0.0, "×64"), (1e-6, "×64"), (1.9, "×1")])
+def test_difference_is_amplified_within_reason(change, label):
+    plain = torch.full((1, 3, 8, 8), -0.95)
+    figure = plot.compare({"plain": plain, "with SAG": plain + change}, difference=True)
+    assert labels(figure)[2].endswith(label)
+
+
+def test_compare_numbers_samples_without_names_and_shows_grey_pictures():
+    x = pictures(2, channels=1)
+    figure = plot.compare({"x": x.half()})
+    assert titles(figure) == ["sample 0", "sample 1"]
+    np.testing.assert_allclose(drawn(grid(figure)[0][0]), as_drawn(x[0]), atol=1e-3)
+
+
+def test_compare_decodes_one_latent_at_a_time():
     seen = []
 
-    def decode(latents):
-        seen.append(tuple(latents.shape))
-        return latents[:, :3].repeat_interleave(2, -1).repeat_interleave(2, -2)
+    def counting(latents):
+        seen.append(latents.shape)
+        assert not torch.is_grad_enabled()
+        return decode(latents)
 
-    figure = plot.compare({"latents": torch.zeros(2, 4, 6, 6)}, decode=decode)
-    assert seen == [(1, 4, 6, 6)] * 2 and all(p.shape[:2] == (12, 12) for p in pictures(figure))
-
-
-def test_trace_shows_the_chosen_steps(steps):
-    figure = plot.trace(steps, sample=1, columns=2)
-    labels = texts(figure)
-    assert {"σ 5", "σ 0.5"} <= set(labels) and "σ 2" not in labels
-    drawn = pictures(figure)
-    for step in steps[0], steps[2]:
-        for part in step.uncond, step.degraded, step.reevaluated:
-            wanted = (part[1].clamp(-1, 1).permute(1, 2, 0).numpy() + 1) / 2
-            assert any(p.shape == wanted.shape and np.allclose(p, wanted, atol=1e-6) for p in drawn)
-        mask = step.mask[1, 0].numpy()
-        assert any(p.shape[:2] == mask.shape and np.allclose(p if p.ndim == 2 else p[..., 0], mask) for p in drawn)
-    assert_nothing_is_cut_off(figure)
+    latents = pictures(channels=4)
+    figure = plot.compare({"plain": latents, "with SAG": latents / 2}, decode=counting)
+    assert seen == [(1, 4, 32, 32)] * 6
+    np.testing.assert_allclose(drawn(grid(figure)[1][2]), as_drawn(decode(latents / 2)[2]), atol=1e-6)
 
 
-def test_xyz_runs_every_setting_once_and_labels_it():
-    calls = []
+# trace
+
+
+def test_trace_shows_each_part_of_evenly_spaced_steps():
+    steps = [step(sigma) for sigma in (80.0, 40.0, 20.0, 10.0, 5.0, 2.5, 0.123456)]
+    figure = plot.trace(steps, sample=1, columns=3)
+    assert titles(figure) == ["σ 80", "σ 10", "σ 0.123"]
+    assert [label.split(":")[0] for label in labels(figure)[:5]] == ["saliency over u", "mask", "u", "d", "r"]
+    for column, shown in enumerate((steps[0], steps[3], steps[6])):
+        overlay, mask, u, d, r, _ = (row[column] for row in grid(figure))
+        np.testing.assert_allclose(drawn(overlay), as_drawn(shown.uncond[1]).mean(-1), atol=1e-6)
+        np.testing.assert_array_equal(drawn(overlay, 1), shown.saliency[1])
+        np.testing.assert_array_equal(drawn(mask), shown.mask[1, 0])
+        for ax, x in ((u, shown.uncond), (d, shown.degraded), (r, shown.reevaluated)):
+            np.testing.assert_allclose(drawn(ax), as_drawn(x[1]), atol=1e-6)
+
+
+def test_trace_shows_the_direction_equally_amplified_in_all_columns():
+    weak, strong = step(2.0), step(1.0)
+    strong = strong._replace(reevaluated=strong.uncond * 0.5)
+    figure = plot.trace([weak, strong])
+    label = labels(figure)[5].replace("\N{NO-BREAK SPACE}", " ")
+    assert label == "direction d − r, ×2"
+    for ax, shown in zip(grid(figure)[5], (weak, strong), strict=True):
+        direction = shown.degraded[0] - shown.reevaluated[0]
+        np.testing.assert_allclose(drawn(ax), as_drawn(direction * 2), atol=1e-5)
+
+
+def test_trace_of_latents_shows_the_direction_of_the_decoded_pictures():
+    latent = step(1.0, pictures(1, (16, 16), channels=4))
+    figure = plot.trace([latent], decode=decode)
+    direction = decode(latent.degraded) - decode(latent.reevaluated)
+    np.testing.assert_allclose(drawn(grid(figure)[5][0]), as_drawn(direction[0] * 8), atol=1e-5)
+    overlay = grid(figure)[0][0]
+    assert overlay.images[0].get_extent() == overlay.images[1].get_extent()
+
+
+def test_trace_takes_what_a_wrapper_traced(denoiser):
+    guided = SAGDenoiser(denoiser, cond_key="mapping_cond")
+    x, cond = torch.randn(2, 3, 16, 16), torch.zeros(2, CLASSES)
+    with guided.trace() as steps:
+        guided(x, torch.ones(2), cond=cond)
+    assert len(grid(plot.trace(steps))) == 6
+
+
+# saliency
+
+
+def test_saliency_lies_over_the_grey_picture_under_one_labelled_scale():
+    images, attended = pictures(), torch.rand(3, 4, 4) * 3
+    figure = plot.saliency(images, attended, names=NAMES)
+    assert titles(figure)[:3] == NAMES
+    overlays = [ax for ax in figure.axes if len(ax.images) == 2]
+    for ax, image, values in zip(overlays, images, attended, strict=True):
+        np.testing.assert_allclose(drawn(ax), as_drawn(image).mean(-1), atol=1e-6)
+        np.testing.assert_array_equal(drawn(ax, 1), values)
+        assert ax.images[0].get_extent() == ax.images[1].get_extent()
+    assert len({(ax.images[1].norm.vmin, ax.images[1].norm.vmax) for ax in overlays}) == 1
+    (bar,) = (ax for ax in figure.axes if ax not in overlays)
+    assert bar.get_title(loc="left") == "saliency"
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["0", "1, the average", f"{attended.max():.2g}"]
+
+
+def test_a_flat_saliency_looks_flat():
+    figure = plot.saliency(pictures(1), torch.full((1, 4, 4), 1.01))
+    norm = figure.axes[0].images[1].norm
+    assert norm(1.01) - norm(1.0) < 0.01
+
+
+def test_mask_is_outlined_on_the_picture():
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[:, :, 2:4, 4:8] = 1
+    figure = plot.saliency(pictures(1), torch.ones(1, 4, 4), mask=mask)
+    (outline,) = figure.axes[0].collections
+    points = np.concatenate(outline.get_segments())
+    np.testing.assert_allclose([points.min(0), points.max(0)], [[4 * 4 - 0.5, 2 * 4 - 0.5], [8 * 4 - 0.5, 4 * 4 - 0.5]])
+    assert len(outline.get_segments()) == 2 * (2 + 4)
+
+
+# xyz
+
+
+def test_xyz_runs_each_setting_once_and_shows_it_in_its_place():
+    runs = []
 
     def sample(**setting):
-        calls.append(setting)
-        return solid(setting["a"] / 10 + setting["b"] / 100 + setting["c"] / 1000)
+        runs.append(setting)
+        return torch.full((1, 3, 8, 8), setting["sag_scale"] / 10 + setting["blur_sigma"] / 100 - setting["cond_scale"] / 20)
 
-    figure = plot.xyz(sample, x=("a", [1, 2, 3]), y=("b", [1, 2]), z=("c", [1, 2]))
-    assert len(calls) == 12 == len({tuple(sorted(call.items())) for call in calls})
-    assert {"a 1", "a 2", "a 3", "b 1", "b 2", "c 1", "c 2"} <= set(texts(figure))
-    levels = [round(float(p[p.shape[0] // 2, p.shape[1] // 2, 0]) * 2 - 1, 3) for p in pictures(figure)]
-    assert levels == [round(a / 10 + b / 100 + c / 1000, 3) for c in (1, 2) for b in (1, 2) for a in (1, 2, 3)]
-    assert_nothing_is_cut_off(figure)
-
-
-def test_saliency_has_a_colour_bar_and_titles(steps):
-    figure = plot.saliency(steps[2].uncond, steps[2].saliency, mask=steps[2].mask, names=["cat", "dog"])
-    assert {"cat", "dog"} <= set(texts(figure)) and any("saliency" in text for text in texts(figure))
-    assert any(np.allclose(p, steps[2].saliency[0].numpy()) for p in pictures(figure) if p.shape == steps[2].saliency[0].shape)
-    assert_nothing_is_cut_off(figure)
+    figure = plot.xyz(sample, x=("sag_scale", [0, 1.5, 2.0]), y=("blur_sigma", [1.0, 2.0]), z=("cond_scale", [1.0, 7.5]))
+    assert len(runs) == 12 == len({tuple(sorted(run.items())) for run in runs})
+    assert [panel.get_suptitle() for panel in figure.subfigs] == ["cond_scale 1", "cond_scale 7.5"]
+    for panel, cond_scale in zip(figure.subfigs, (1.0, 7.5), strict=True):
+        axes = np.array([ax for ax in figure.axes if ax.figure is panel]).reshape(2, 3)
+        assert [ax.get_title().split() for ax in axes[0]] == [["sag_scale", "0"], ["sag_scale", "1.5"], ["sag_scale", "2"]]
+        assert [ax.get_ylabel() for ax in axes[:, 0]] == ["blur_sigma 1", "blur_sigma 2"]
+        for i, blur_sigma in enumerate((1.0, 2.0)):
+            for j, sag_scale in enumerate((0, 1.5, 2.0)):
+                value = sag_scale / 10 + blur_sigma / 100 - cond_scale / 20
+                np.testing.assert_allclose(drawn(axes[i, j]), (value + 1) / 2, atol=1e-6)
 
 
-def test_a_figure_shows_itself_once_and_leaves_pyplot_alone():
-    figure = plot.compare({"plain": solid(0)})
-    assert figure._repr_png_().startswith(b"\x89PNG")
-    code = (
-        "import sys, torch; from ksag import plot; plot.compare({'a': torch.zeros(1, 3, 8, 8)}); "
-        "print('matplotlib.pyplot' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+def test_xyz_of_one_axis_has_names_of_any_kind():
+    figure = plot.xyz(lambda sampler: pictures(1), x=("sampler", ["euler", "heun"]))
+    assert titles(figure) == ["sampler euler", "sampler heun"] and labels(figure) == [""]
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: plot.compare({}), ValueError, "got 0"),
-        (lambda: plot.compare({"a": torch.zeros(1, 4, 8, 8)}), ValueError, r"1 or 3 channels. For latents pass decode="),
-        (lambda: plot.compare({"a": torch.full((1, 3, 8, 8), torch.nan)}), ValueError, "NaN"),
-        (lambda: plot.compare({"a": solid(0), "b": solid(0, 1)}), ValueError, "'a' has shape"),
-        (lambda: plot.compare({"a": solid(0)}, names=["cat", "dog"]), ValueError, "a name for each of the 1 samples, got 2"),
-        (lambda: plot.trace([]), ValueError, "holds no step"),
-        (lambda: plot.xyz(lambda **_: solid(0), x=("a", [])), ValueError, "such as"),
-        (lambda: plot.xyz(lambda **_: solid(0), x=("a", [1]), y=("a", [1])), ValueError, "parameter of its own"),
-        (lambda: plot.saliency(solid(0), torch.zeros(2, 4, 4)), ValueError, "saliency must be of shape"),
-    ],
-)
-def test_bad_input(call, error, message):
+def test_xyz_tiles_the_samples_of_a_setting():
+    x = pictures(3)
+    sheet = drawn(grid(plot.xyz(lambda sag_scale: x))[0][0])
+    assert sheet.shape == (2 * 34 + 2, 2 * 34 + 2, 3)
+    np.testing.assert_allclose(sheet[2:34, 36:68], as_drawn(x[1]), atol=1e-6)
+    np.testing.assert_array_equal(sheet[36:, 36:], 1)
+
+
+def test_xyz_decodes():
+    latents = pictures(1, channels=4)
+    figure = plot.xyz(lambda sag_scale: latents, decode=decode)
+    np.testing.assert_allclose(drawn(grid(figure)[0][2]), as_drawn(decode(latents)[0]), atol=1e-6)
+
+
+def test_xyz_shows_its_progress(capsys):
+    plot.xyz(lambda **setting: pictures(1), y=("blur_sigma", [1, 2]))
+    assert "sag_scale × blur_sigma: 100%" in capsys.readouterr().err
+
+
+# How it looks
+
+PROMPT = "a photograph of an astronaut who rides a horse on the moon, highly detailed, sharp focus, much more than fits on a line"
+
+
+def long_panels() -> plot.Figure:
+    axes = {"x": ("mask_threshold", [0.8, 1.0, 1.25]), "y": ("sampler", ["dpmpp_2s_ancestral", "dpmpp_3m_sde"])}
+    return plot.xyz(lambda **setting: pictures(1), z=("cond_scale", [1, 2, 3]), **axes)
+
+
+FIGURES = {
+    "compare": lambda: plot.compare({"plain": pictures(6), "with SAG": pictures(6)}, names=["automobile"] * 6, difference=True),
+    "one": lambda: plot.compare({"one": pictures(1)}),
+    "many": lambda: plot.compare({"x": pictures(16)}),
+    "wide": lambda: plot.compare({"with Self-Attention Guidance": pictures(2, (32, 96))}, names=[PROMPT] * 2),
+    "tall and large": lambda: plot.compare({"x": pictures(3, (256, 128))}),
+    "trace": lambda: plot.trace([step(80.0 / 1.37**i) for i in range(12)], columns=10),
+    "saliency": lambda: plot.saliency(pictures(), torch.rand(3, 4, 4), names=NAMES),
+    "xyz": long_panels,
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_is_cut_off_or_overlaps(name):
+    assert_all_on_the_figure_and_apart(FIGURES[name]())
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_pictures_are_large_enough_on_a_figure_with_little_around(name):
+    figure = FIGURES[name]()
+    image = Image.open(io.BytesIO(figure._repr_png_())).convert("RGB")
+    for row in grid(figure):
+        for ax in row:
+            box = ax.get_window_extent()
+            assert min(box.width, box.height) > 0.6 * plot.NARROWEST * figure.dpi
+            assert box.width / box.height == pytest.approx(drawn(ax).shape[1] / drawn(ax).shape[0], rel=0.02)
+    inked = np.argwhere(np.asarray(image).min(-1) < 250)
+    top, left = inked.min(0)
+    bottom, right = np.array(image.size[::-1]) - inked.max(0)
+    assert max(top, left, bottom, right) < 0.25 * figure.dpi
+
+
+def test_a_notebook_shows_a_figure_once_and_pyplot_knows_nothing_of_it():
+    import matplotlib.pyplot as plt
+
+    before = dict(plt.rcParams)
+    figure = plot.compare({"x": pictures(1)})
+    assert figure._repr_png_().startswith(b"\x89PNG") and not plt.get_fignums() and dict(plt.rcParams) == before
+
+
+def test_figure_is_written_to_a_file(tmp_path):
+    plot.compare({"x": pictures(1)}).savefig(tmp_path / "x.png")
+    assert min(Image.open(tmp_path / "x.png").size) > 100
+
+
+# Bad input
+
+LATENTS = r"shape \(3, 4, 32, 32\), and pictures have 1 or 3 channels\. For latents pass decode="
+
+BAD = [
+    (lambda: plot.compare({}), ValueError, "compare shows 1 or more entries"),
+    (lambda: plot.compare({"x": pictures()}, difference=True), ValueError, "compare shows 2 or more entries"),
+    (lambda: plot.compare({"x": pictures(channels=4)}), ValueError, "x has " + LATENTS),
+    (lambda: plot.compare({"x": pictures()[0]}), TypeError, r"x must be .* \(b, c, h, w\).*\(3, 32, 32\)"),
+    (lambda: plot.compare({"x": pictures().byte()}), TypeError, "torch.uint8"),
+    (lambda: plot.compare({"x": [1]}), TypeError, "got list"),
+    (lambda: plot.compare({"x": pictures() * torch.nan}), ValueError, "x holds NaN"),
+    (lambda: plot.compare({"a": pictures(), "b": pictures(2)}), ValueError, r"'a' has shape \(3, .*'b' has \(2, "),
+    (lambda: plot.compare({"x": pictures()}, names=["cat"]), ValueError, "each of the 3 samples, got 1: cat"),
+    (lambda: plot.compare({"x": pictures(channels=4)}, decode=lambda z: z), ValueError, r"decode\(x\) has " + LATENTS),
+    (lambda: plot.compare({"x": pictures()}, decode=lambda z: None), TypeError, r"decode\(x\) must be .* got NoneType"),
+    (lambda: plot.trace([]), ValueError, "sag_scale 0, or outside sigma_range"),
+    (lambda: plot.trace([step(1.0)], columns=0), ValueError, "columns .* got 0"),
+    (lambda: plot.trace([step(1.0)], sample=2), ValueError, "sample=2, and the trace holds 2: give 0 to 1"),
+    (lambda: plot.trace([step(1.0, pictures(channels=4))]), ValueError, "pass decode="),
+    (lambda: plot.saliency(pictures(), torch.ones(2, 4, 4)), ValueError, r"saliency must be of shape \(3, h', w'\).*\(2, 4, 4\)"),
+    (lambda: plot.saliency(pictures(), torch.ones(3, 4, 4), mask=torch.ones(3, 4, 4)), ValueError, r"mask must .* \(3, 1, h, w\)"),
+    (lambda: plot.xyz(pictures, x=("sag_scale", [])), ValueError, "x must be a parameter's name and its values"),
+    (lambda: plot.xyz(pictures, y="blur_sigma"), ValueError, "y must be .* got 'blur_sigma'"),
+    (lambda: plot.xyz(pictures, y=("sag_scale", [1])), ValueError, "a parameter of its own, got sag_scale, sag_scale"),
+    (lambda: plot.xyz(lambda sag_scale: None), TypeError, r"sample\(\*\*\{'sag_scale': 0\}\) must be .* got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("draw", "error", "message"), BAD)
+def test_bad_input_gets_an_error_that_says_what_to_do(draw, error, message):
     with pytest.raises(error, match=message):
-        call()
+        draw()
 
 
-def test_a_sample_that_is_not_there(steps):
-    with pytest.raises(ValueError, match="sample=2"):
-        plot.trace(steps, sample=2)
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.delitem(sys.modules, "ksag.plot")
+    with pytest.raises(ImportError, match=r"pip install 'ksag\[notebook\]'"):
+        importlib.import_module("ksag.plot")
