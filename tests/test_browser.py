@@ -60,6 +60,8 @@ def jupyterlab(folder: Path):
         "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
     )  # fmt: skip
     environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
+    # who gives up on the tests sends this, and then, too, the server has to end
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with log.open("w") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=output, stderr=output, start_new_session=True
@@ -73,6 +75,7 @@ def jupyterlab(folder: Path):
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def address(server: subprocess.Popen, log: Path) -> str | None:
@@ -118,8 +121,9 @@ def opened_page(folder: Path):
             yield page
         except BaseException:
             print(f"The server's log:\n{log.read_text()[-3000:]}")
-            print(f"The page, also in {folder / 'failed.png'}:\n{page.inner_text('body')[-5000:]}")
-            page.screenshot(path=folder / "failed.png")
+            with contextlib.suppress(Exception):  # of a page that is gone, which would hide the first error
+                print(f"The page, also in {folder / 'failed.png'}:\n{page.inner_text('body')[-5000:]}")
+                page.screenshot(path=folder / "failed.png")
             raise
 
 

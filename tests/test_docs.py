@@ -112,7 +112,7 @@ MODULES = (
     "samplers", "zoo", "adapters.diffusers", "plot", "explore", "picture",
     "attention", "conditioning", "degrade", "families", "saliency", "tap",
 )  # fmt: skip
-INSIDE = {"Settings", "Result", "Session", "Cancelled", "Newest"}  # what ksag.explore.explore is made of
+INSIDE = {"Settings", "Result", "Session", "Newest"}  # what ksag.explore.explore is made of
 EXPORTED = {f"ksag.{name}": getattr(ksag, name) for name in ksag.__all__}
 NAMES = EXPORTED | {
     f"ksag.{module}.{name}": value

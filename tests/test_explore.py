@@ -80,6 +80,12 @@ def test_extra_args_come_first_even_beyond_the_sliders(opened):
     assert widget.settings.cond_scale == 30.0 and widget.settings.sag_scale == -3.0
 
 
+def test_the_sliders_win_over_extra_args(opened):
+    widget = opened(extra_args={"sag_scale": 3.0}, **CLASSES)
+    settled(widget).controls["sag_scale"].value = 0.0
+    assert torch.equal(settled(widget).result.guided, widget.result.plain)
+
+
 def test_it_shows_plain_and_guided_from_the_same_noise(opened, guided):
     widget = settled(opened(**CLASSES))
     cond, uncond = zoo.conditioning(["airplane", "automobile"])
