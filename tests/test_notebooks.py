@@ -1,7 +1,10 @@
 """The notebooks run, and what they store comes from one such run and reads well where nothing is live."""
 
+import ast
 import re
+import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
@@ -9,8 +12,10 @@ import pytest
 from nbformat import NotebookNode
 
 from scripts.run_notebooks import METADATA, freeze, run
+from tests.diffusers_pipelines import stable_diffusion, stable_diffusion_xl
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TITLES = {
     "choosing_parameters": "Which parameters should I choose, and what do they cost?",
     "quickstart": "How do I sample with Self-Attention Guidance?",
@@ -93,6 +98,53 @@ def test_stored_file_is_small_and_holds_nothing_of_the_machine(path):
 def test_links_to_other_notebooks_lead_there(path):
     for target in re.findall(r"\]\(([^)]+\.ipynb)\)", "\n".join(cell.source for cell in read(path).cells)):
         assert (path.parent / target).exists(), target
+
+
+@each
+def test_it_is_a_page_of_the_site(path):
+    assert f": notebooks/{path.stem}.md\n" in (ROOT / "mkdocs.yml").read_text()
+
+
+def imported(notebook: NotebookNode) -> Iterator[str]:
+    """The dotted names that its cells import."""
+    for node in ast.walk(ast.parse("\n".join(cell.source for cell in code_cells(notebook)))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@each
+def test_imports_only_public_names_of_what_ksag_and_its_extras_install(path):
+    declared = set(re.findall(r'^  "([\w.-]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))  # a dependency a line
+    for name in imported(read(path)):
+        package, *inner = name.split(".")
+        owners = {owner.lower() for owner in packages_distributions().get(package, [package])}
+        assert package in sys.stdlib_module_names or owners & declared, name
+        assert not any(part.startswith("_") for part in inner), name
+
+
+def test_stored_costs_are_those_of_the_passes_made():
+    """Times stored from a busy machine would mislead: in passes, SAG makes 3 for 2, and outside its sigma_range none more."""
+    stored = "\n".join(texts(read(ROOT / "notebooks/choosing_parameters.ipynb")))
+    costs = {label: float(cost) for label, cost in re.findall(r"^(\S.*?) {2,}(\d\.\d\d)$", stored, re.MULTILINE)}
+    assert costs["cond_scale 2, no SAG"] == 1
+    assert costs["cond_scale 2, SAG"] == pytest.approx(1.5, abs=0.12)
+    assert costs["cond_scale 2, SAG at σ 0.3 to 3"] == pytest.approx(1.09, abs=0.08)
+    assert costs["no guidance by class, SAG"] == pytest.approx(2 * costs["no guidance by class, no SAG"], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", [stable_diffusion, stable_diffusion_xl])
+def test_stable_diffusion_shows_the_pipeline_at_path(pipeline, tmp_path):
+    pipeline(tmp_path)  # leaves it in tmp_path / "pipe"
+    notebook = read(ROOT / "notebooks/stable_diffusion.ipynb")
+    (cell,) = [cell for cell in code_cells(notebook) if cell.source.startswith("PATH = None")]
+    cell.source = f"PATH = {str(tmp_path / 'pipe')!r}"
+    nbformat.write(notebook, tmp_path / "with_path.ipynb")
+    again = run(tmp_path / "with_path.ipynb")
+    assert "This notebook shows: pipe." in "".join(texts(again))
+    assert pictures(again) == pictures(notebook)
 
 
 @pytest.mark.slow
