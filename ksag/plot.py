@@ -213,12 +213,15 @@ def xyz(
     if len(set(names)) < len(names):
         raise ValueError(f"Each axis needs a parameter of its own, got {', '.join(names)}.")
     settings = [dict(zip(names, values, strict=True)) for values in itertools.product(*(values for _, values in axes))]
-    sheets = iter([
-        _sheet(_pixels(f"sample(**{setting})", sample(**setting), decode))
+    results = [
+        _pixels(f"sample(**{setting})", sample(**setting), decode)
         for setting in tqdm(settings, desc=" × ".join(reversed(names)), unit="setting")
-    ])  # fmt: skip
+    ]
+    across = math.ceil(math.sqrt(len(results[0])))
+    sheets = (_sheet(pixels, across) for pixels in results)
     panels, rows, columns = (_labels(axis) for axis in (z, y, x))
-    return _trim(_draw([(panel, [(row, [next(sheets) for _ in columns]) for row in rows]) for panel in panels], columns))
+    drawn = [(panel, [(row, [next(sheets) for _ in columns]) for row in rows]) for panel in panels]
+    return _trim(_draw(drawn, columns, across=across))
 
 
 # Samples → pictures
@@ -266,11 +269,10 @@ def _amplified(difference: np.ndarray, gain: float) -> np.ndarray:
     return np.clip(0.5 + difference * gain, 0, 1)
 
 
-def _sheet(pixels: np.ndarray) -> np.ndarray:
-    """(b, H, W, 3) → the b pictures as one, near to square, with white between them."""
+def _sheet(pixels: np.ndarray, across: int) -> np.ndarray:
+    """(b, H, W, 3) → the b pictures as one, `across` in a row, with white between them."""
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    columns, gap = math.ceil(math.sqrt(len(images))), max(1, images.shape[-1] // 16)
-    return torchvision.utils.make_grid(images, columns, gap, pad_value=1.0).permute(1, 2, 0).numpy()
+    return torchvision.utils.make_grid(images, across, max(1, images.shape[-1] // 16), pad_value=1.0).permute(1, 2, 0).numpy()
 
 
 # Labels
@@ -313,11 +315,14 @@ Row = tuple[str, np.ndarray | list[np.ndarray]]
 """A label, and for each column an array (H, W) or (H, W, 3) in [0, 1]."""
 
 
-def _draw(panels: Sequence[tuple[str, Sequence[Row]]], titles: Sequence[str], room: float = 0.0) -> Figure:
-    """Panels, each titled and of the same rows and columns, side by side as far as they fit; `room` inches for a colour bar."""
+def _draw(panels: Sequence[tuple[str, Sequence[Row]]], titles: Sequence[str], room: float = 0.0, across: int = 1) -> Figure:
+    """Panels, each titled and of the same rows and columns, side by side as far as they fit.
+
+    `room` inches are for a colour bar. Each array shows so many pictures `across`.
+    """
     rows, columns = len(panels[0][1]), len(titles)
     height, width = panels[0][1][0][1][0].shape[:2]
-    abreast = min(len(panels), max(1, int((WIDTH + 1) / (columns * NARROWEST + 1))))
+    abreast = min(len(panels), max(1, int((WIDTH + 1) / (columns * across * NARROWEST + 1))))
     panel_rows = math.ceil(len(panels) / abreast)
     side = min(max(NARROWEST, (WIDTH / abreast - 0.9 * (abreast > 1)) / columns), 1 + width / 100, 3.2)
     titles = [_wrapped(title, side) for title in titles]

@@ -244,6 +244,15 @@ def test_xyz_tiles_the_samples_of_a_setting():
     np.testing.assert_array_equal(sheet[36:, 36:], 1)
 
 
+@pytest.mark.parametrize(("b", "side_by_side"), [(1, True), (2, False)])
+def test_xyz_puts_panels_side_by_side_where_their_pictures_stay_large_enough(b, side_by_side):
+    x = pictures(b)
+    figure = plot.xyz(lambda **setting: x, y=("blur_sigma", [1, 2]), z=("cond_scale", [1, 3]))
+    first, second = (panel.bbox for panel in figure.subfigs)
+    assert (first.y0 == second.y0) == side_by_side
+    assert all(ax.get_window_extent().width > 0.7 * b * plot.NARROWEST * figure.dpi for ax in figure.axes)
+
+
 def test_xyz_decodes():
     latents = pictures(1, channels=4)
     figure = plot.xyz(lambda sag_scale: latents, decode=decode)
