@@ -1,12 +1,12 @@
 """Where a UNet keeps its self-attention: every layer that ksag can read, and the one that `attention=` names."""
 
 import difflib
-import html
 import re
 from typing import NamedTuple
 
 from torch import nn
 
+from ksag import table
 from ksag.families import FAMILIES, Family, family_of, is_cross_attention
 
 
@@ -38,13 +38,10 @@ class AttentionLayers(list[AttentionLayer]):
     def __repr__(self) -> str:
         if not self:
             return "no attention found"
-        widths = [max(map(len, column)) for column in zip(*self._cells(), strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in self._cells())
+        return table.as_text(self._cells())
 
     def _repr_html_(self) -> str:
-        head, *rows = ([html.escape(cell) for cell in row] for row in self._cells())
-        body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
-        return f"<table><thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead><tbody>{body}</tbody></table>"
+        return table.as_html(self._cells())
 
 
 def list_attention(inner_model: nn.Module) -> AttentionLayers:

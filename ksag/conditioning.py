@@ -72,10 +72,10 @@ def repeat(kwargs: dict[str, Any], batch: int) -> dict[str, Any]:
     (torch.Size([4, 1, 8, 8]), 0.5)
     """
 
-    def double(place: str, leaf: Any, _: Any) -> Any:
-        return torch.cat([leaf, leaf]) if leaf.ndim > 0 and leaf.shape[0] == batch else leaf
+    def double(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch else leaf
 
-    return _zip(double, "", kwargs, kwargs)
+    return transform(double, kwargs)
 
 
 def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,6 @@
 """SAGDenoiser: Self-Attention Guidance for any k-diffusion sampler."""
 
 import contextlib
-import html
 import math
 import warnings
 import weakref
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksag import checks
+from ksag import checks, table
 from ksag.conditioning import Conditioning, batchable, concatenate, repeat
 from ksag.degrade import attention_mask, degrade
 from ksag.graphs import CUDAGraphs
@@ -213,7 +212,9 @@ class SAGDenoiser(nn.Module):
             This wrapper.
 
         Raises:
+            ValueError: a limit below 2.
             RuntimeError: from a call, where the model cannot be captured; the message says why.
+            TypeError: from a call with a keyword whose changes a graph would not see: no tensor, number or string.
         """
         if limit < 2:
             raise ValueError(f"limit must be 2 or more, since a guided step replays two graphs, got {limit}.")
@@ -242,6 +243,6 @@ class SAGDenoiser(nn.Module):
         return f"SAGDenoiser({type(self.inner_model).__name__}, {parameters}{', closed' if self.tap.closed else ''})"
 
     def _repr_html_(self) -> str:
+        title = ["SAGDenoiser", "closed" if self.tap.closed else ""]
         cells = {"inner_model": type(self.inner_model).__name__, **self._settings()}
-        rows = "".join(f"<tr><th>{name}</th><td>{html.escape(f'{value}')}</td></tr>" for name, value in cells.items())
-        return f"<table><caption>SAGDenoiser{', closed' if self.tap.closed else ''}</caption>{rows}</table>"
+        return table.as_html([title, *([name, str(value)] for name, value in cells.items())])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ksag.conditioning import leaves, transform
 
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-_capturing = threading.Lock()  # CUDA allows one capture at a time
+_capturing = threading.Lock()  # CUDA allows one capture at a time; nor may a thread drop what another is looking up
 
 
 def _signature(place: str, leaf: Any) -> Hashable:
@@ -31,11 +31,11 @@ def _signature(place: str, leaf: Any) -> Hashable:
     )
 
 
-def _replayable(x: Tensor) -> bool:
-    return x.is_cuda and not torch.is_grad_enabled()
+def _on_cuda(x: Tensor) -> bool:
+    return x.is_cuda
 
 
-class Input:
+class _Input:
     """A tensor at the address that a graph reads from, filled again only with what is not there yet."""
 
     def __init__(self, tensor: Tensor):
@@ -54,16 +54,16 @@ class Input:
         self.filled = None if version is None else (weakref.ref(tensor), version, tensor.data_ptr())
 
 
-class Captured:
+class _Captured:
     """One function at one signature: static inputs, the graph, and the outputs that every replay overwrites."""
 
     def __init__(self, function: Callable, args: tuple, stream: torch.cuda.Stream, pool: Any):
-        self.inputs: list[Input] = []
+        self.inputs: list[_Input] = []
 
         def static(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            self.inputs.append(Input(leaf))
+            self.inputs.append(_Input(leaf))
             return self.inputs[-1].static
 
         self.graph = torch.cuda.CUDAGraph()
@@ -108,7 +108,7 @@ class CUDAGraphs:
 
     def __init__(self, model: nn.Module, limit: int):
         self.model, self.limit = model, limit
-        self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._streams: dict[Hashable, tuple[torch.cuda.Stream, Any]] = {}
         self._weights: list[Tensor] = []
         self._pointers: list[int] = []
@@ -117,32 +117,33 @@ class CUDAGraphs:
         return len(self._captured)
 
     def __call__(self, function: Callable, *args: Any) -> Any:
-        if not _replayable(args[0]):
+        if torch.is_grad_enabled() or not _on_cuda(args[0]):
             return function(*args)
         device = args[0].device
-        if list(map(Tensor.data_ptr, self._weights)) != self._pointers:
-            self._captured.clear()
         places = list(leaves(args))
         autocast = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         lane = device, threading.get_ident(), torch.cuda.current_stream(device).cuda_stream
         key = function.__name__, lane, autocast, tuple(_signature(place, leaf) for place, leaf in places)
-        captured = self._captured.get(key)
-        if captured is None:
-            captured = self._captured[key] = self._capture(function, args, lane, autocast)
-            self._drop_oldest()
-        self._captured.move_to_end(key)
+        with _capturing:
+            if list(map(Tensor.data_ptr, self._weights)) != self._pointers:
+                self._captured.clear()
+            captured = self._captured.get(key)
+            if captured is None:
+                captured = self._captured[key] = self._capture(function, args, lane, autocast)
+                self._drop_oldest()
+            self._captured.move_to_end(key)
         return captured.replay([leaf for _, leaf in places if isinstance(leaf, Tensor)])
 
-    def _capture(self, function: Callable, args: tuple, lane: tuple, autocast: tuple[torch.dtype, bool]) -> Captured:
+    def _capture(self, function: Callable, args: tuple, lane: tuple, autocast: tuple[torch.dtype, bool]) -> _Captured:
         if not self._captured:
             self._weights = [*self.model.parameters(), *self.model.buffers()]
             self._pointers = list(map(Tensor.data_ptr, self._weights))
         # Inference tensors could not be filled outside inference mode, and a cached cast would live in the graph's memory
-        with _capturing, torch.cuda.device(lane[0]), torch.inference_mode(False), torch.no_grad():
+        with torch.cuda.device(lane[0]), torch.inference_mode(False), torch.no_grad():
             if lane not in self._streams:
                 self._streams[lane] = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             with torch.autocast(lane[0].type, *autocast, cache_enabled=False):
-                return Captured(function, args, *self._streams[lane])
+                return _Captured(function, args, *self._streams[lane])
 
     def _drop_oldest(self) -> None:
         if len(self._captured) > self.limit:

@@ -1,9 +1,10 @@
 """What a guided call computed, step by step, and how that shows in a notebook."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
+
+from ksag import table
 
 
 class TraceStep(NamedTuple):
@@ -45,18 +46,14 @@ class Trace(list[TraceStep]):
     mask, and the root mean squares of what the blur took away, d − u, and of the direction of guidance, d − r.
     """
 
-    def __init__(self, steps: Iterable[TraceStep] = ()):
-        super().__init__(steps)
-
     def __repr__(self) -> str:
-        rows = [["step", *COLUMNS], *([str(i), *step._cells()] for i, step in enumerate(self))]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+        return table.as_text(self._rows(), str.rjust)
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("step", *COLUMNS))
-        rows = ("".join(f"<td>{cell}</td>" for cell in (i, *step._cells())) for i, step in enumerate(self))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
+        return table.as_html(self._rows())
+
+    def _rows(self) -> list[list[str]]:
+        return [["step", *COLUMNS], *([str(i), *step._cells()] for i, step in enumerate(self))]
 
 
 def _rms(x: Tensor) -> float:

@@ -24,6 +24,12 @@ def test_blur_keeps_its_precision_under_autocast():
         assert torch.equal(gaussian_blur(x, 2.0, 9), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_blur_of_half_precision_is_rounded_once(dtype):
+    x = torch.randn(1, 4, 16, 16).to(dtype)
+    assert torch.equal(gaussian_blur(x, 2.0, 9), gaussian_blur(x.float(), 2.0, 9).to(dtype))
+
+
 def test_mask_is_strictly_above_the_threshold_and_nearest_upsampled():
     saliency = torch.tensor([[[1.0, 1.5, 0.5], [2.0, 0.2, 0.8]]])
     mask = attention_mask(saliency, 1.0, (4, 6))

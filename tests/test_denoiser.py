@@ -151,9 +151,11 @@ def test_blur_sigma_zero_is_no_guidance_and_no_nan(denoiser):
 def test_extra_args_override_the_constructor(denoiser):
     x, sigma, cond, uncond = inputs()
     args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
-    overridden = wrap(denoiser, 0.5, 2.0)(x, sigma, **args, sag_scale=1.5, blur_sigma=1.0)
-    assert torch.equal(overridden, wrap(denoiser, 1.5, 1.0)(x, sigma, **args))
-    assert not torch.equal(overridden, wrap(denoiser, 0.5, 2.0)(x, sigma, **args))
+    changed = {"sag_scale": 1.5, "blur_sigma": 1.0, "mask_threshold": 0.9}
+    overridden = wrap(denoiser)(x, sigma, **args, **changed)
+    assert torch.equal(overridden, wrap(denoiser, **changed)(x, sigma, **args))
+    for name, value in changed.items():
+        assert not torch.equal(wrap(denoiser)(x, sigma, **args, **{name: value}), wrap(denoiser)(x, sigma, **args))
 
 
 def test_batch_cond_false_and_unequal_shapes_take_two_passes(denoiser):
@@ -161,6 +163,27 @@ def test_batch_cond_false_and_unequal_shapes_take_two_passes(denoiser):
     count = Count(denoiser)
     wrap(count, batch_cond=False)(x, sigma, cond=cond, uncond=uncond)
     assert count.batches == [2, 2, 2]
+
+
+@pytest.mark.parametrize("batch_cond", [True, False])
+def test_a_model_that_returns_one_buffer_every_time(denoiser, batch_cond):
+    class Reuses(nn.Module):  # as a model does that was compiled with mode="reduce-overhead"
+        def __init__(self):
+            super().__init__()
+            self.inner_model, self.buffers_by_shape = denoiser, {}
+
+        def forward(self, x, sigma, **kwargs):
+            denoised = self.inner_model(x, sigma, **kwargs)
+            return self.buffers_by_shape.setdefault(x.shape, torch.empty_like(denoised)).copy_(denoised)
+
+    x, sigma, cond, uncond = inputs()
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    with wrap(denoiser, batch_cond=batch_cond) as plain, plain.trace() as expected_steps:
+        expected = plain(x, sigma, **args)
+    guided = wrap(Reuses(), batch_cond=batch_cond)
+    with guided.trace() as steps:
+        assert torch.equal(guided(x, sigma, **args), expected)
+    assert all(map(torch.equal, steps[0], expected_steps[0]))
 
 
 def test_77_against_154_tokens_equals_each_on_its_own():
@@ -265,6 +288,33 @@ def test_trace_keeps_what_each_guided_call_computed(denoiser):
     assert all(t.device.type == "cpu" for t in step)
 
 
+def test_a_trace_shows_as_a_table():
+    latent = torch.zeros(1, 1, 2, 2)
+    saliency, mask = torch.tensor([[[0.5, 1.5], [1.25, 0.75]]]), torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])
+    step = ksag.TraceStep(torch.tensor([3.0]), saliency, mask, latent, latent + 0.5, latent - 0.25)
+    mixed = step._replace(sigma=torch.tensor([0.125, 3.0]))
+    expected = "sigma=3, peak_saliency=1.5, masked=25%, blurred_away=0.5, guidance=0.75"
+    assert repr(step) == f"TraceStep({expected}, latent=1×1×2×2)"
+    assert repr(ksag.Trace([step, mixed])) == (
+        "step    sigma  peak_saliency  masked  blurred_away  guidance\n"
+        "   0        3            1.5     25%           0.5      0.75\n"
+        "   1  0.125…3            1.5     25%           0.5      0.75"
+    )
+    cells = "<td>0</td><td>3</td><td>1.5</td><td>25%</td><td>0.5</td><td>0.75</td>"
+    assert f"<tbody><tr>{cells}</tr></tbody>" in ksag.Trace([step])._repr_html_()
+    assert "masked" in repr(ksag.Trace()) and "masked" in ksag.Trace()._repr_html_()
+
+
+def test_a_wrapper_shows_its_model_and_parameters(denoiser):
+    with wrap(denoiser, 0.75) as guided:
+        shown = repr(guided)
+        assert shown.startswith("SAGDenoiser(Denoiser, attention='inner_model.u_net.d_blocks.1.2', sag_scale=0.75, ")
+        assert "<tr><td>inner_model</td><td>Denoiser</td></tr>" in guided._repr_html_()
+        assert "<tr><td>sag_scale</td><td>0.75</td></tr>" in guided._repr_html_()
+        assert "closed" not in shown + guided._repr_html_()
+    assert repr(guided).endswith(", closed)") and "<th>closed</th>" in guided._repr_html_()
+
+
 def test_close_and_with_remove_every_hook(denoiser):
     x, sigma, cond, uncond = inputs()
     with wrap(denoiser) as guided:
@@ -278,7 +328,6 @@ def test_close_and_with_remove_every_hook(denoiser):
 def test_state_dict_is_the_inner_models(denoiser):
     guided = wrap(denoiser)
     assert guided.state_dict().keys() == {f"inner_model.{name}" for name in denoiser.state_dict()}
-    assert "attention='inner_model.u_net.d_blocks.1.2'" in repr(guided)
 
 
 # Bad input

@@ -56,7 +56,7 @@ class Stream:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    monkeypatch.setattr(graphs, "_replayable", lambda x: not torch.is_grad_enabled())
+    monkeypatch.setattr(graphs, "_on_cuda", lambda x: True)
     monkeypatch.setattr(CPUGraph, "replays", 0)
     for name, value in {
         "CUDAGraph": CPUGraph,
@@ -141,7 +141,7 @@ def test_the_least_recently_used_is_dropped(cuda, denoiser):
 def test_conditioning_is_copied_in_only_when_it_changes(cuda, denoiser):
     copies = []
 
-    class Counting(graphs.Input):
+    class Counting(graphs._Input):
         def fill(self, tensor):
             before = self.static._version
             super().fill(tensor)
@@ -154,7 +154,7 @@ def test_conditioning_is_copied_in_only_when_it_changes(cuda, denoiser):
     def run(cond):
         copies.clear()
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(graphs, "Input", Counting)
+            patch.setattr(graphs, "_Input", Counting)
             result = guided(x.clone(), sigma, cond=cond, uncond=uncond, cond_scale=2.0)
             with ksag.SAGDenoiser(denoiser, cond_key="mapping_cond") as plain:
                 assert torch.equal(result, plain(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0))
@@ -193,9 +193,12 @@ def test_gradients_run_eagerly(cuda, denoiser):
     assert x.grad.norm() > 0 and CPUGraph.replays == 0
 
 
-def test_inference_mode_and_no_grad_share_their_graphs(cuda, denoiser):
+@pytest.mark.parametrize("inference_first", [False, True])
+def test_inference_mode_and_no_grad_share_their_graphs(cuda, denoiser, inference_first):
     guided = wrap(denoiser)
-    expected = call(guided)
+    with torch.inference_mode(inference_first):
+        call(guided)
+    expected = eager(denoiser)
     x, sigma, cond, uncond = inputs()
     with torch.inference_mode():
         args = {"cond": cond.clone(), "uncond": uncond.clone(), "cond_scale": 2.0}
