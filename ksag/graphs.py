@@ -54,10 +54,18 @@ class _Input:
         self.filled = None if version is None else (weakref.ref(tensor), version, tensor.data_ptr())
 
 
+class _Lane:
+    """Where the graphs of one thread and stream are captured. They share its memory, and it lives as long as one of them."""
+
+    def __init__(self) -> None:
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+
 class _Captured:
     """One function at one signature: static inputs, the graph, and the outputs that every replay overwrites."""
 
-    def __init__(self, function: Callable, args: tuple, stream: torch.cuda.Stream, pool: Any):
+    def __init__(self, function: Callable, args: tuple, lane: _Lane):
+        self.lane = lane
         self.inputs: list[_Input] = []
 
         def static(leaf: Any) -> Any:
@@ -68,12 +76,11 @@ class _Captured:
 
         self.graph = torch.cuda.CUDAGraph()
         inputs = transform(static, args)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function(*inputs)  # libraries set themselves up, and choose their kernels, in a first run
-        torch.cuda.current_stream().wait_stream(stream)
+        # Libraries set themselves up in a first run. It leaves lane.stream alone, because cuBLAS's workspace there has to come
+        # from the graphs' own memory: any other would be freed under them by the next one who clears workspaces.
+        function(*inputs)
         try:
-            with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, lane.pool, lane.stream, capture_error_mode="thread_local"):
                 self.outputs = function(*inputs)
         except torch.OutOfMemoryError:
             raise
@@ -109,7 +116,7 @@ class CUDAGraphs:
     def __init__(self, model: nn.Module, limit: int):
         self.model, self.limit = model, limit
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._streams: dict[Hashable, tuple[torch.cuda.Stream, Any]] = {}
+        self._lanes: weakref.WeakValueDictionary[Hashable, _Lane] = weakref.WeakValueDictionary()
         self._weights: list[Tensor] = []
         self._pointers: list[int] = []
 
@@ -122,28 +129,28 @@ class CUDAGraphs:
         device = args[0].device
         places = list(leaves(args))
         autocast = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
-        lane = device, threading.get_ident(), torch.cuda.current_stream(device).cuda_stream
-        key = function.__name__, lane, autocast, tuple(_signature(place, leaf) for place, leaf in places)
+        where = device, threading.get_ident(), torch.cuda.current_stream(device).cuda_stream
+        key = function.__name__, where, autocast, tuple(_signature(place, leaf) for place, leaf in places)
         with _capturing:
             if list(map(Tensor.data_ptr, self._weights)) != self._pointers:
                 self._captured.clear()
             captured = self._captured.get(key)
             if captured is None:
-                captured = self._captured[key] = self._capture(function, args, lane, autocast)
+                captured = self._captured[key] = self._capture(function, args, where, autocast)
                 self._drop_oldest()
             self._captured.move_to_end(key)
         return captured.replay([leaf for _, leaf in places if isinstance(leaf, Tensor)])
 
-    def _capture(self, function: Callable, args: tuple, lane: tuple, autocast: tuple[torch.dtype, bool]) -> _Captured:
+    def _capture(self, function: Callable, args: tuple, where: tuple, autocast: tuple[torch.dtype, bool]) -> _Captured:
         if not self._captured:
             self._weights = [*self.model.parameters(), *self.model.buffers()]
             self._pointers = list(map(Tensor.data_ptr, self._weights))
         # Inference tensors could not be filled outside inference mode, and a cached cast would live in the graph's memory
-        with torch.cuda.device(lane[0]), torch.inference_mode(False), torch.no_grad():
-            if lane not in self._streams:
-                self._streams[lane] = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-            with torch.autocast(lane[0].type, *autocast, cache_enabled=False):
-                return _Captured(function, args, *self._streams[lane])
+        with torch.cuda.device(where[0]), torch.inference_mode(False), torch.no_grad():
+            lane = self._lanes.get(where) or _Lane()
+            self._lanes[where] = lane
+            with torch.autocast(where[0].type, *autocast, cache_enabled=False):
+                return _Captured(function, args, lane)
 
     def _drop_oldest(self) -> None:
         if len(self._captured) > self.limit:

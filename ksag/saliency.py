@@ -28,7 +28,8 @@ def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:
     b, heads, queries, _ = q.shape
     tokens = k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
-        keys = k.float().mT
+        # contiguous, or matmul would copy all keys of a batch again for each chunk
+        keys = k.to(torch.float32, memory_format=torch.contiguous_format).mT
         received = q.new_zeros(b, tokens, dtype=torch.float32)
         for rows in q.split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=2):
             # in one expression, so that a chunk is freed before the next one is made

@@ -71,20 +71,38 @@ def test_graphed_samples_are_the_eager_ones(sampler):
     assert len(graphed._graphs) == 3
 
 
-@pytest.mark.parametrize("graphed", [False, True])
-def test_no_synchronisation_in_a_guided_step(graphed):
+def random_denoiser():
     denoiser, x, sigma, args = on_gpu()
-    guided = wrap(denoiser)
+    return wrap(denoiser), x, sigma, args
+
+
+def random_stable_diffusion():
+    denoiser, x, args = stable_diffusion(torch.float16)
+    return ksag.SAGDenoiser(denoiser, cond_key=None), x, torch.full((2,), 3.0, device="cuda"), args
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("model", [random_denoiser, random_stable_diffusion])
+def test_no_synchronisation_and_no_copy_from_or_to_the_host_in_a_guided_step(model, graphed):
+    guided, x, sigma, args = model()
     if graphed:
         guided.use_cuda_graphs()
+    other = (
+        {name: torch.randn_like(tensor) for name, tensor in args["cond"].items()}
+        if isinstance(args["cond"], dict)
+        else -args["cond"]
+    )
     with torch.no_grad():
         guided(x, sigma, **args)
         torch.cuda.set_sync_debug_mode("error")
         try:
             guided(x + 1, sigma * 2, **args)
-            guided(x + 1, sigma * 2, **{**args, "cond": args["cond"] + 1}, sag_scale=1.5)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                guided(x + 1, sigma * 2, **{**args, "cond": other}, sag_scale=1.5)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    names = {event.key for event in profile.key_averages()}
+    assert len(names) > (3 if graphed else 20) and not {name for name in names if "HtoD" in name or "DtoH" in name}
 
 
 def test_a_changed_conditioning_changed_weights_and_moved_weights_are_seen():
@@ -128,6 +146,24 @@ def test_two_threads_with_one_graphed_wrapper():
         for value, images in results.items():
             expected = eager(x, torch.full((2,), value, device="cuda"), **args)
             assert len(images) == 10 and all(relative(image, expected) < 1e-5 for image in images)
+
+
+def test_what_a_graph_computes_in_is_the_graphs_own_memory():
+    """A workspace of cuBLAS that came from elsewhere would be freed under the graph: by Inductor, which clears them all around
+    each capture of its own, and by a PyTorch that clears a stream's when a graph captured there is dropped.
+    """
+    denoiser, x, sigma, args = on_gpu()
+    guided = wrap(denoiser).use_cuda_graphs()
+    torch._C._cuda_clearCublasWorkspaces()
+    with torch.no_grad():
+        guided(x, sigma, **args)
+    (lane,) = guided._graphs._lanes.values()
+    pools = [
+        segment["segment_pool_id"]
+        for segment in torch.cuda.memory_snapshot() if segment["stream"] == lane.stream.cuda_stream
+        for block in segment["blocks"] if block["state"] == "active_allocated" and block["size"] >= 2**20
+    ]  # fmt: skip
+    assert set(pools) == {lane.pool}  # among them a workspace: the images of this model are smaller
 
 
 def test_a_model_that_reads_values_is_refused_and_leaves_the_gpu_usable():
@@ -188,9 +224,10 @@ def test_autocast_around_the_sampler(dtype, graphed):
     assert result.isfinite().all() and relative(result, exact) < (0.05 if dtype == torch.float16 else 0.3)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 4096, 160), (1, 20, 4096, 64), (4, 10, 1024, 64)])
+@pytest.mark.parametrize("shape", [(1, 8, 4096, 160), (1, 20, 4096, 64), (4, 20, 1024, 64)])
 def test_the_saliencys_working_set_is_bounded(shape):
-    q, k = (torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(2))
+    b, heads, tokens, dim = shape
+    q, k = (torch.randn(b, tokens, heads, dim, device="cuda", dtype=torch.float16).transpose(1, 2) for _ in range(2))
     saliency(q, k, shape[-1] ** -0.5)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -202,11 +239,14 @@ def test_the_saliencys_working_set_is_bounded(shape):
     assert result.mean(1).sub(1).abs().max() < 1e-5
 
 
-def agrees(result, eager, exact):
-    """In float32 the eager image; in float16, where the eager one rounds more often, an image as near to float32's as that."""
+def check_agrees(result, eager, exact):
+    """In float32 the eager image. In float16, where the eager one rounds at other places, both within four units of rounding of
+    float32's.
+    """
     if exact is None:
-        return relative(result, eager) < 1e-5
-    return relative(result, exact) < 1.2 * relative(eager, exact) < 0.01
+        assert relative(result, eager) < 1e-5
+    else:
+        assert all(0 < relative(image, exact) < 4 * 2**-11 for image in (result, eager))
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -229,7 +269,8 @@ def test_a_compiled_unet_samples_the_eager_image(mode, dtype, options):
     results = [sampler(guided, x * 10, sigmas, extra_args=args, disable=True) for sampler in samplers]
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     samplers[0](guided, x * 9, sigmas * 0.9, extra_args=args, disable=True)
-    assert all(map(agrees, results, eager, exact))
+    for triple in zip(results, eager, exact, strict=True):
+        check_agrees(*triple)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled <= 4
 
 
@@ -243,7 +284,7 @@ def test_the_whole_wrapper_compiled_gives_the_eager_image(dtype):
 
     exact = step(*stable_diffusion(dtype, compute=torch.float32)) if dtype == torch.float16 else None
     result = step(*stable_diffusion(dtype), lambda guided: torch.compile(guided, fullgraph=True))
-    assert agrees(result, step(*stable_diffusion(dtype)), exact)
+    check_agrees(result, step(*stable_diffusion(dtype)), exact)
 
 
 def test_a_compiled_unet_can_be_graphed():

@@ -50,9 +50,6 @@ class CPUGraph:
 class Stream:
     cuda_stream = 0
 
-    def wait_stream(self, other):
-        pass
-
 
 @pytest.fixture
 def cuda(monkeypatch):
@@ -63,7 +60,6 @@ def cuda(monkeypatch):
         "graph": lambda graph, *args, **kwargs: Recorder(graph.ops),
         "Stream": Stream,
         "current_stream": lambda device=None: Stream(),
-        "stream": lambda stream: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
         "graph_pool_handle": lambda: None,
     }.items():
