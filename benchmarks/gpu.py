@@ -224,12 +224,13 @@ def measure(model: str, side: int, batch: int, budget: float, compile_: bool) ->
         timer()
     peaks |= {name: peak_bytes(steps[name], DEVICE) for name in (FLOOR, CFG, EAGER, COMPILE) if name in steps}
     images = {name: steps[name]().double() for name in (EAGER, COMPILE, GRAPHED) if name in steps}
+    shape = {"model": model, "side": side, "batch": batch}
     return {
-        "model": model, "side": side, "batch": batch, "peaks": peaks, "first_calls": first_calls,
+        **shape, "peaks": peaks, "first_calls": first_calls,
         "host_ratio": host_ratio(guided, steps[EAGER]),
         "from_float32": {name: relative(image, exact) for name, image in images.items()},
         "from_eager": {name: relative(image, images[EAGER]) for name, image in images.items()},
-        "times": rounds(timers, budget, f"{model}, {side} × {side}, batch {batch}"),
+        "times": rounds(timers, budget, case(shape)),
     }  # fmt: skip
 
 
@@ -238,12 +239,12 @@ def relative(image: Tensor, expected: Tensor) -> float:
 
 
 def rounds(timers: dict[str, Callable[[], float]], budget: float, name: str) -> dict[str, list[float]]:
-    """Times in rounds, each of which begins with another timer, until `budget` seconds are over."""
+    """Times in rounds, each of which begins with another timer, until `budget` seconds are over: two at least, for quartiles."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
     ends = time.perf_counter() + budget
     with tqdm(desc=name, unit=" rounds") as bar:
-        while time.perf_counter() < ends:
+        while bar.n < 2 or time.perf_counter() < ends:
             for timer in order:
                 times[timer].append(timers[timer]())
             order = order[1:] + order[:1]

@@ -6,7 +6,8 @@ from torch import Tensor
 MAX_LOGITS = 2**22
 """Attention logits computed at once, in float32. They, their softmax and its sum hold at most 48 MiB.
 
-A chunk has one query of each sample and head at least, which are more than that in a large batch of large pictures."""
+A chunk has at least one query of each sample and head; in a large batch of large pictures even these are more.
+"""
 
 
 def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:

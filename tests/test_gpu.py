@@ -10,6 +10,7 @@ from torch import nn
 
 import ksag
 from ksag.adapters.diffusers import denoiser as as_denoiser
+from ksag.conditioning import transform
 from ksag.saliency import MAX_LOGITS, saliency
 from ksag.samplers import SAMPLERS, sample
 from tests.conftest import inputs, make_denoiser
@@ -87,11 +88,7 @@ def test_no_synchronisation_and_no_copy_from_or_to_the_host_in_a_guided_step(mod
     guided, x, sigma, args = model()
     if graphed:
         guided.use_cuda_graphs()
-    other = (
-        {name: torch.randn_like(tensor) for name, tensor in args["cond"].items()}
-        if isinstance(args["cond"], dict)
-        else -args["cond"]
-    )
+    other = transform(torch.neg, args["cond"])
     with torch.no_grad():
         guided(x, sigma, **args)
         torch.cuda.set_sync_debug_mode("error")
@@ -240,13 +237,16 @@ def test_the_saliencys_working_set_is_bounded(shape):
 
 
 def check_agrees(result, eager, exact):
-    """In float32 the eager image. In float16, where the eager one rounds at other places, both within four units of rounding of
-    float32's.
-    """
+    """In float32 the eager image; in float16, where the eager one rounds more often, an image as near to float32's as that."""
     if exact is None:
         assert relative(result, eager) < 1e-5
     else:
-        assert all(0 < relative(image, exact) < 4 * 2**-11 for image in (result, eager))
+        assert relative(result, exact) < 1.2 * relative(eager, exact) < 0.01
+
+
+def smooth(dtype):
+    """In float16 a token within rounding of the threshold would change sides, and the image with it, by more than it rounds."""
+    return {"mask_threshold": 0.0} if dtype == torch.float16 else {}
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -257,7 +257,7 @@ def test_a_compiled_unet_samples_the_eager_image(mode, dtype, options):
     samplers = K.sampling.sample_euler, K.sampling.sample_dpmpp_2m
 
     def images(denoiser, x, args):
-        guided = ksag.SAGDenoiser(denoiser, cond_key=None, **options)
+        guided = ksag.SAGDenoiser(denoiser, cond_key=None, **smooth(dtype), **options)
         eager = [sampler(guided, x * 10, sigmas, extra_args=args, disable=True) for sampler in samplers]
         return guided, eager
 
@@ -280,7 +280,7 @@ def test_the_whole_wrapper_compiled_gives_the_eager_image(dtype):
 
     def step(denoiser, x, args, compile_=lambda guided: guided):
         with torch.no_grad():
-            return compile_(ksag.SAGDenoiser(denoiser, cond_key=None))(x * 3, sigma, **args)
+            return compile_(ksag.SAGDenoiser(denoiser, cond_key=None, **smooth(dtype)))(x * 3, sigma, **args)
 
     exact = step(*stable_diffusion(dtype, compute=torch.float32)) if dtype == torch.float16 else None
     result = step(*stable_diffusion(dtype), lambda guided: torch.compile(guided, fullgraph=True))

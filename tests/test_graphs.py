@@ -6,6 +6,7 @@ overwritten and inputs are read from fixed addresses, as on a GPU. tests/test_gp
 
 import contextlib
 import threading
+import time
 
 import pytest
 import torch
@@ -227,6 +228,39 @@ def test_each_thread_captures_for_itself(cuda, denoiser):
     assert len(guided._graphs) == 4
     for sigma, images in results.items():
         assert all(torch.equal(image, eager(denoiser, sigma=sigma)) for image in images)
+
+
+@pytest.mark.filterwarnings("ignore:More than 2 CUDA graphs")
+def test_threads_take_turns_to_look_up_capture_and_drop(cuda, monkeypatch):
+    capturing, overlaps, failures = [], [], []
+
+    class Slow(graphs._Captured):
+        def __init__(self, *args):
+            overlaps.extend(capturing)
+            capturing.append(threading.get_ident())
+            time.sleep(0.005)
+            super().__init__(*args)
+            capturing.clear()
+
+    def double(x):
+        return x * 2
+
+    def work(sizes):
+        try:
+            with torch.no_grad():
+                for size in sizes * 3:
+                    assert torch.equal(replayed(double, torch.ones(size)), torch.full((size,), 2.0))
+        except Exception as failure:
+            failures.append(failure)
+
+    monkeypatch.setattr(graphs, "_Captured", Slow)
+    replayed = graphs.CUDAGraphs(nn.Identity(), limit=2)
+    threads = [threading.Thread(target=work, args=(sizes,)) for sizes in ([1, 2, 3], [4, 5, 6])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and not overlaps and len(replayed) == 2
 
 
 def test_keywords_are_part_of_the_signature_or_refused(cuda):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ksag.saliency
 from benchmarks.measure import peak_bytes
@@ -17,6 +18,22 @@ def test_is_the_same_in_any_chunks(monkeypatch, budget):
     monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", budget)
     q, k = torch.randn(3, 2, 35, 16), torch.randn(3, 2, 35, 16)
     torch.testing.assert_close(saliency(q, k, 0.25).double(), dense(q, k, 0.25), rtol=1e-5, atol=0)
+
+
+def test_keys_are_copied_once_and_not_for_each_chunk(monkeypatch):
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.clone):
+                copies.append(result.numel())
+            return result
+
+    copies: list[int] = []
+    monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", 3 * 2 * 32 * 8)  # four chunks
+    q, k = (torch.randn(3, 32, 2, 16).half().transpose(1, 2) for _ in range(2))  # as layers give them, and matmul cannot take them
+    with Sizes():
+        saliency(q, k, 0.25)
+    assert copies.count(k.numel()) == 1 and copies.count(q.numel() // 4) >= 4
 
 
 def test_mean_over_tokens_is_one():
