@@ -231,8 +231,8 @@ def test_the_saliencys_working_set_is_bounded(shape):
     torch.cuda.reset_peak_memory_stats()
     result = saliency(q, k, shape[-1] ** -0.5)
     peak = torch.cuda.max_memory_allocated() - before
-    keys = 4 * k.numel()
-    assert peak <= 3 * 4 * MAX_LOGITS + keys + 4 * 2**20
+    copies = 4 * (q.numel() + k.numel())
+    assert peak <= 3 * 4 * MAX_LOGITS + copies + 4 * 2**20
     assert result.mean(1).sub(1).abs().max() < 1e-5
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from measure import peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ksag.saliency
-from benchmarks.measure import peak_bytes
 from ksag.saliency import saliency
 
 
@@ -13,14 +13,14 @@ def dense(q, k, scale):
     return attention.mean(1).sum(1) * k.shape[2] / q.shape[2]
 
 
-@pytest.mark.parametrize("budget", [2**22, 1000, 1])
+@pytest.mark.parametrize("budget", [ksag.saliency.MAX_LOGITS, 1000, 1])
 def test_is_the_same_in_any_chunks(monkeypatch, budget):
     monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", budget)
     q, k = torch.randn(3, 2, 35, 16), torch.randn(3, 2, 35, 16)
     torch.testing.assert_close(saliency(q, k, 0.25).double(), dense(q, k, 0.25), rtol=1e-5, atol=0)
 
 
-def test_keys_are_copied_once_and_not_for_each_chunk(monkeypatch):
+def test_queries_and_keys_are_copied_once_and_not_for_each_chunk(monkeypatch):
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
@@ -33,7 +33,7 @@ def test_keys_are_copied_once_and_not_for_each_chunk(monkeypatch):
     q, k = (torch.randn(3, 32, 2, 16).half().transpose(1, 2) for _ in range(2))  # as layers give them, and matmul cannot take them
     with Sizes():
         saliency(q, k, 0.25)
-    assert copies.count(k.numel()) == 1 and copies.count(q.numel() // 4) >= 4
+    assert copies == [q.numel(), k.numel()]
 
 
 def test_mean_over_tokens_is_one():
@@ -78,6 +78,5 @@ def test_never_holds_the_whole_attention(monkeypatch):
 def test_its_working_set_is_bounded(monkeypatch, tokens):
     monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", 2**16)
     q, k = torch.randn(1, 4, tokens, 16), torch.randn(1, 4, tokens, 16)
-    received = 4 * tokens
-    chunk = 4 * q.numel() * (2**16 // (4 * tokens)) / tokens
-    assert peak_bytes(lambda: saliency(q, k, 0.25), q.device) <= 2 * 4 * 2**16 + 4 * received + 2 * chunk
+    received, scaled = 4 * tokens, 4 * q.numel()
+    assert peak_bytes(lambda: saliency(q, k, 0.25), q.device) <= 2 * 4 * 2**16 + 4 * received + scaled
