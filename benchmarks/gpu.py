@@ -3,24 +3,23 @@
 On diffusers' UNet2DConditionModel at the shapes of Stable Diffusion 1.5 and XL, random weights, float16, channels last, side by
 side in one run: the floor (one pass of batch 2B and one of B) eager and as CUDA graphs, plain classifier-free guidance, ksag eager,
 compiled and with CUDA graphs, and diffusers' own SAG pipeline. Times are medians of CUDA events over rounds in which each takes
-three steps in a row, as a sampler does; ratios are medians and quartiles of the rounds' ratios; memory is the peak above what was
-there before the step, as a rule the weights. Images are compared with that of the same weights in float32. Writes gpu.md and
-gpu.json.
+a step, on one core of the host (Linux); the CUDA graphs take three in a row, as under a sampler, where the host runs ahead. Ratios
+are medians and quartiles of the rounds' ratios; memory is the peak above what was there before the step, as a rule the weights.
+What the variants compute is compared with each other, and with the same weights in float32. Writes gpu.md and gpu.json.
 """
 
+import contextlib
 import copy
 import gc
-import itertools
 import json
+import os
 import statistics
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import click
 import torch
@@ -45,7 +44,7 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 TIMED = [("SD 1.5", 64, 1), ("SD 1.5", 64, 4), ("SDXL", 128, 1), ("SDXL", 128, 4), ("SDXL", 256, 1)]
-STEPS = 3
+IN_A_ROW = 3
 SIDES = (64, 128, 256)
 FLOOR, FLOOR_GRAPHED = "floor: 2B + B", "floor, CUDA graphs"
 CFG, EAGER, COMPILE, GRAPHED = "plain CFG: 2B", "ksag", "ksag, torch.compile", "ksag, use_cuda_graphs"
@@ -109,19 +108,45 @@ def graphed_floor(passes: tuple[Step, Step]) -> Step:
     return replay
 
 
-def guided_step(guided: ksag.SAGDenoiser, inputs: Inputs, **options: float) -> Callable[[], Tensor]:
+def guided_step(guided: ksag.SAGDenoiser, inputs: Inputs, cond_scale: float = 7.5, **options: float) -> Callable[[], Tensor]:
     x, sigma, cond, uncond = inputs
-    return partial(guided, x, sigma, cond=cond, uncond=uncond, cond_scale=7.5, **options)
+    return partial(guided, x, sigma, cond=cond, uncond=uncond, cond_scale=cond_scale, **options)
 
 
 def float32(tree: Any) -> Any:
     return ksag.conditioning.transform(lambda leaf: leaf.float(), tree)
 
 
-def exact_image(unet: Any, inputs: Inputs) -> Tensor:
-    """What the weights of `unet` and these inputs give in float32."""
+class Computed(NamedTuple):
+    """What a step computes, on the CPU, in float64 but for the last."""
+
+    u: Tensor
+    unscaled: Tensor
+    """The image at cond_scale 1."""
+    image: Tensor
+    """The image at cond_scale 7.5."""
+    masked: Tensor
+    """(b, h', w'): the tokens above the threshold."""
+
+
+def computed(guided: ksag.SAGDenoiser, inputs: Inputs) -> Computed:
+    with guided.trace() as steps:
+        unscaled, image = (guided_step(guided, inputs, cond_scale)().double().cpu() for cond_scale in (1.0, 7.5))
+    return Computed(steps[-1].uncond.double(), unscaled, image, steps[-1].saliency > guided.mask_threshold)
+
+
+def computed_in_float32(unet: Any, inputs: Inputs) -> Computed:
     guided = ksag.SAGDenoiser(as_denoiser(copy.deepcopy(unet).float(), scheduler()), cond_key=None)
-    return guided_step(guided, Inputs(*map(float32, inputs)))().double()
+    return computed(guided, Inputs(*map(float32, inputs)))
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def differences(actual: Computed, expected: Computed) -> dict[str, float]:
+    tensors = {name: relative(getattr(actual, name), getattr(expected, name)) for name in ("u", "unscaled", "image")}
+    return {**tensors, "tokens": int((actual.masked != expected.masked).sum())}
 
 
 def compiled_wrapper(unet: Any) -> ksag.SAGDenoiser:
@@ -131,8 +156,8 @@ def compiled_wrapper(unet: Any) -> ksag.SAGDenoiser:
     return guided
 
 
-def sag_pipeline(unet: Any, inputs: Inputs, steps: int = STEPS + 1) -> Callable[[], float]:
-    """Seconds of one step of diffusers' pipeline: the median of the steps of a run, its first left out."""
+def sag_pipeline(unet: Any, inputs: Inputs) -> Callable[[], float]:
+    """Seconds of one step of diffusers' pipeline: the second of two."""
     vae = AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
     text = CLIPTextModel(CLIPTextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
@@ -152,10 +177,11 @@ def sag_pipeline(unet: Any, inputs: Inputs, steps: int = STEPS + 1) -> Callable[
 
         pipe(
             prompt_embeds=inputs.cond["encoder_hidden_states"], negative_prompt_embeds=inputs.uncond["encoder_hidden_states"],
-            latents=inputs.x, num_inference_steps=steps, output_type="latent", callback=record,
+            latents=inputs.x, num_inference_steps=2, output_type="latent", callback=record,
         )  # fmt: skip
         torch.cuda.synchronize()
-        return statistics.median(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events))
+        first, second = events
+        return first.elapsed_time(second) / 1e3
 
     return step_seconds
 
@@ -168,74 +194,55 @@ def first_call(step: Step) -> float:
     return time.perf_counter() - started
 
 
-def host_ratio(guided: ksag.SAGDenoiser, step: Step, repeats: int = 50) -> float:
-    """Host time of an eager step over that of its model passes alone, taken in the same step, so that the host's noise cancels.
-
-    Where the host's kernel launches bound the step, this is its time over its floor's.
-    """
-    spent: defaultdict[str, float] = defaultdict(float)
-
-    def timed(name: str, function: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent[name] += time.perf_counter() - started
-            return result
-
-        return call
-
-    model, tap, ratios = guided.inner_model, guided.tap, []
-    with patch.object(model, "forward", timed("passes", model.forward)), patch.object(tap, "reduce", timed("saliency", tap.reduce)):
-        for _ in range(repeats):
-            torch.cuda.synchronize()
-            spent.clear()
-            timed("step", step)()
-            ratios.append(spent["step"] / (spent["passes"] - spent["saliency"]))  # the saliency is taken within a pass
-    return statistics.median(ratios)
-
-
 def measure(model: str, side: int, batch: int, budget: float, compile_: bool) -> dict[str, Any]:
-    """Times and memory of every way to take the step, by name, and how near the images are."""
+    """Times and memory of every way to take the step, by name, and how near what they compute is."""
     inputs = make_inputs(model, side, batch)
     bare = make_unet(model)  # the floor's UNet has no hooks
-    exact = exact_image(bare, inputs)
-    guided, graphed = (ksag.SAGDenoiser(as_denoiser(make_unet(model), scheduler()), cond_key=None) for _ in range(2))
-    graphed.use_cuda_graphs()
+    exact = computed_in_float32(bare, inputs)
+    wrappers = {name: ksag.SAGDenoiser(as_denoiser(make_unet(model), scheduler()), cond_key=None) for name in (EAGER, GRAPHED)}
+    wrappers[GRAPHED].use_cuda_graphs()
 
-    first_calls = {name: first_call(guided_step(wrapper, inputs)) for name, wrapper in ((EAGER, guided), (GRAPHED, graphed))}
-    graphed.use_cuda_graphs()
+    first_calls = {name: first_call(guided_step(wrapper, inputs)) for name, wrapper in wrappers.items()}
+    wrappers[GRAPHED].use_cuda_graphs()
     gc.collect()
-    peaks = {GRAPHED: peak_bytes(guided_step(graphed, inputs), DEVICE)}
+    peaks = {GRAPHED: peak_bytes(guided_step(wrappers[GRAPHED], inputs), DEVICE)}
 
-    passes = floor_passes(as_denoiser(bare, scheduler()), inputs)
-    steps: dict[str, Callable[[], Any]] = {
-        FLOOR: lambda: [model_pass() for model_pass in passes],
-        EAGER: guided_step(guided, inputs),
-        CFG: guided_step(guided, inputs, sag_scale=0.0),
-        FLOOR_GRAPHED: graphed_floor(passes),
-        GRAPHED: guided_step(graphed, inputs),
-    }
     if compile_:
-        steps[COMPILE] = guided_step(compiled_wrapper(copy.deepcopy(bare)), inputs)
-    timers: dict[str, Callable[[], float]] = {name: partial(seconds, step, DEVICE, STEPS) for name, step in steps.items()}
+        wrappers[COMPILE] = compiled_wrapper(copy.deepcopy(bare))
+    passes = floor_passes(as_denoiser(bare, scheduler()), inputs)
+    steps: dict[str, Step] = {
+        FLOOR: lambda: [model_pass() for model_pass in passes],
+        **{name: guided_step(wrapper, inputs) for name, wrapper in wrappers.items()},
+        CFG: guided_step(wrappers[EAGER], inputs, sag_scale=0.0),
+        FLOOR_GRAPHED: graphed_floor(passes),
+    }
+    timers: dict[str, Callable[[], float]] = {
+        name: partial(seconds, step, DEVICE, IN_A_ROW if name in (FLOOR_GRAPHED, GRAPHED) else 1) for name, step in steps.items()
+    }
     if model == "SD 1.5":
         timers[PIPELINE] = sag_pipeline(bare, inputs)
     for timer in timers.values():
         timer()
     peaks |= {name: peak_bytes(steps[name], DEVICE) for name in (FLOOR, CFG, EAGER, COMPILE) if name in steps}
-    images = {name: steps[name]().double() for name in (EAGER, COMPILE, GRAPHED) if name in steps}
+    outputs = {name: computed(wrapper, inputs) for name, wrapper in wrappers.items()}
     shape = {"model": model, "side": side, "batch": batch}
     return {
-        **shape, "peaks": peaks, "first_calls": first_calls,
-        "host_ratio": host_ratio(guided, steps[EAGER]),
-        "from_float32": {name: relative(image, exact) for name, image in images.items()},
-        "from_eager": {name: relative(image, images[EAGER]) for name, image in images.items()},
+        **shape, "peaks": peaks, "first_calls": first_calls, "tokens": exact.masked.numel(),
+        "from_float32": {name: differences(output, exact) for name, output in outputs.items()},
+        "from_eager": {name: differences(output, outputs[EAGER]) for name, output in outputs.items()},
         "times": rounds(timers, budget, case(shape)),
     }  # fmt: skip
 
 
-def relative(image: Tensor, expected: Tensor) -> float:
-    return float((image - expected).norm() / expected.norm())
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Kernels are launched by one thread, and from core to core it would be slowed down by more than what is measured here."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def rounds(timers: dict[str, Callable[[], float]], budget: float, name: str) -> dict[str, list[float]]:
@@ -243,7 +250,7 @@ def rounds(timers: dict[str, Callable[[], float]], budget: float, name: str) -> 
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
     ends = time.perf_counter() + budget
-    with tqdm(desc=name, unit=" rounds") as bar:
+    with one_core(), tqdm(desc=name, unit=" rounds") as bar:
         while bar.n < 2 or time.perf_counter() < ends:
             for timer in order:
                 times[timer].append(timers[timer]())
@@ -275,10 +282,6 @@ def mib(peaks: dict[str, int], name: str) -> str:
     return f"{peaks[name] / 2**20:.0f} MiB" if name in peaks else ""
 
 
-def error(errors: dict[str, float], name: str) -> str:
-    return f"{errors[name]:.1e}" if name in errors else ""
-
-
 def case(result: dict[str, Any]) -> str:
     return f"{result['model']}, {result['side']} × {result['side']}, batch {result['batch']}"
 
@@ -302,23 +305,27 @@ def steps_table(results: list[dict[str, Any]]) -> str:
 
 
 def launches_table(results: list[dict[str, Any]]) -> str:
-    head = ["", "diffusers' pipeline over ksag with CUDA graphs", "eager: host time over that of the passes",
-            "first call, eager", "first call with CUDA graphs"]  # fmt: skip
+    head = ["", "diffusers' pipeline over ksag with CUDA graphs", "first call, eager", "first call with CUDA graphs"]
     return table(head, *(
-        [case(r), ratio(r["times"], PIPELINE, GRAPHED), f"{r['host_ratio']:.3f}",
-         *(f"{r['first_calls'][name]:.1f} s" for name in (EAGER, GRAPHED))]
+        [case(r), ratio(r["times"], PIPELINE, GRAPHED), *(f"{r['first_calls'][name]:.1f} s" for name in (EAGER, GRAPHED))]
         for r in results
     ))  # fmt: skip
 
 
-def errors_table(results: list[dict[str, Any]]) -> str:
-    head = ["relative difference of the images", "eager, from float32", "CUDA graphs, from float32", "compiled, from float32",
-            "CUDA graphs, from eager", "compiled, from eager"]  # fmt: skip
-    return table(head, *(
-        [case(r), *(error(r["from_float32"], name) for name in (EAGER, GRAPHED, COMPILE)),
-         *(error(r["from_eager"], name) for name in (GRAPHED, COMPILE))]
-        for r in results
-    ))  # fmt: skip
+def differences_table(results: list[dict[str, Any]]) -> str:
+    """u is one prediction; the images are at cond_scale 7.5, or 1."""
+    rows = [["relative difference", "u", "image, cond_scale 1", "image, cond_scale 7.5", "tokens that changed sides"]]
+    for result in results:
+        rows.append([f"**{case(result)}**", "", "", "", ""])
+        for variant, origin, of in (
+            ("eager from float32", "from_float32", EAGER), ("compiled from float32", "from_float32", COMPILE),
+            ("compiled from eager", "from_eager", COMPILE), ("CUDA graphs from eager", "from_eager", GRAPHED),
+        ):  # fmt: skip
+            if of in result[origin]:
+                d = result[origin][of]
+                errors = (f"{d[name]:.1e}" if d[name] else "0" for name in ("u", "unscaled", "image"))
+                rows.append([variant, *errors, f"{d['tokens']} of {result['tokens']}"])
+    return table(*rows)
 
 
 def memory_table(memories: list[dict[str, Any]]) -> str:
@@ -328,10 +335,11 @@ def memory_table(memories: list[dict[str, Any]]) -> str:
     ))  # fmt: skip
 
 
-def report(results: list[dict[str, Any]], memories: list[dict[str, Any]]) -> str:
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, float16, channels last."
-    parts = machine, steps_table(results), launches_table(results), errors_table(results), memory_table(memories)
-    return "\n\n".join(parts) + "\n"
+def report(run: dict[str, Any]) -> str:
+    """gpu.md, from what gpu.json holds."""
+    steps, machine = run["steps"], f"{run['gpu']}, torch {run['torch']}, float16, channels last."
+    tables = steps_table(steps), launches_table(steps), differences_table(steps), memory_table(run["memory"])
+    return "\n\n".join((machine, *tables)) + "\n"
 
 
 @click.command(help=__doc__)
@@ -346,26 +354,24 @@ def main(out: Path, models: tuple[str, ...], budget: float, compile_: bool) -> N
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.backends.cudnn.allow_tf32 = False
     gc.disable()  # as timeit does; each case ends with a collection
-    results: list[dict[str, Any]] = []
-    memories: list[dict[str, Any]] = []
+    run: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": [], "memory": []}
     out.mkdir(parents=True, exist_ok=True)
 
     def write() -> None:
         """After every case, so that a run that is cut short leaves what it measured."""
-        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "steps_in_a_row": STEPS}
-        (out / "gpu.md").write_text(report(results, memories))
-        (out / "gpu.json").write_text(json.dumps({"machine": machine, "steps": results, "memory": memories}, indent=1) + "\n")
+        (out / "gpu.md").write_text(report(run))
+        (out / "gpu.json").write_text(json.dumps(run, indent=1) + "\n")
         torch._dynamo.reset()  # or the shapes together pass its limit of recompilations
         gc.collect()
         torch.cuda.empty_cache()
 
     for model in models:
         for side in tqdm(SIDES, desc=f"memory, {model}"):
-            memories.append(memory(model, side))
+            run["memory"].append(memory(model, side))
             write()
     for shape in TIMED:
         if shape[0] in models:
-            results.append(measure(*shape, budget, compile_))
+            run["steps"].append(measure(*shape, budget, compile_))
             write()
     click.echo(f"\n{(out / 'gpu.md').read_text()}")
 
