@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 MAX_LOGITS = 6 * 2**20
-"""Attention logits computed at once, in float32: 24 MiB, since glibc maps 32 MiB or more anew each time, at a high price. They,
-their softmax and its sum hold at most 72 MiB.
+"""Attention logits computed at once, in float32: 24 MiB, because a CPU's allocator maps 32 MiB or more anew each time, at a high
+price. They and their softmax hold 48 MiB, and on a GPU the sum may take as much as the softmax for itself: 72 MiB at the most.
 
 A chunk has at least one query of each sample and head; in a large batch of large pictures even these are more.
 """
@@ -33,10 +33,11 @@ def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:
     tokens = k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
         # contiguous, or matmul would copy those of a batch again for each chunk
-        q, k = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q, k))
-        chunks = (q * scale).split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=2)
+        q = q.contiguous().float() * scale
+        keys = k.contiguous().float().mT
+        chunks = q.split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=2)
         # in one expression, so that a chunk is freed before the next one is made
-        received = functools.reduce(torch.add, ((rows @ k.mT).softmax(dim=-1).sum(dim=(1, 2)) for rows in chunks))
+        received = functools.reduce(torch.add, ((rows @ keys).softmax(dim=-1).sum(dim=(1, 2)) for rows in chunks))
     if memory:
         received = received[:, memory:]
         return received / received.mean(dim=1, keepdim=True)

@@ -20,7 +20,8 @@ def test_is_the_same_in_any_chunks(monkeypatch, budget):
     torch.testing.assert_close(saliency(q, k, 0.25).double(), dense(q, k, 0.25), rtol=1e-5, atol=0)
 
 
-def test_queries_and_keys_are_copied_once_and_not_for_each_chunk(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_queries_and_keys_are_copied_once_and_not_for_each_chunk(monkeypatch, dtype):
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
@@ -30,10 +31,10 @@ def test_queries_and_keys_are_copied_once_and_not_for_each_chunk(monkeypatch):
 
     copies: list[int] = []
     monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", 3 * 2 * 32 * 8)  # four chunks
-    q, k = (torch.randn(3, 32, 2, 16).half().transpose(1, 2) for _ in range(2))  # as layers give them, and matmul cannot take them
+    q, k = (torch.randn(3, 32, 2, 16).to(dtype).transpose(1, 2) for _ in range(2))  # as layers give them
     with Sizes():
         saliency(q, k, 0.25)
-    assert copies == [q.numel(), k.numel()]
+    assert copies == [q.numel()] * (2 if dtype == torch.float32 else 4)  # in half precision as it is, and as float32
 
 
 def test_mean_over_tokens_is_one():
@@ -74,9 +75,11 @@ def test_never_holds_the_whole_attention(monkeypatch):
     assert max(sizes) <= 4096 < 2 * 256 * 256
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("b", [1, 2])
 @pytest.mark.parametrize("tokens", [256, 1024])
-def test_its_working_set_is_bounded(monkeypatch, tokens):
+def test_its_working_set_is_bounded(monkeypatch, tokens, b, dtype):
     monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", 2**16)
-    q, k = torch.randn(1, 4, tokens, 16), torch.randn(1, 4, tokens, 16)
-    received, scaled = 4 * tokens, 4 * q.numel()
-    assert peak_bytes(lambda: saliency(q, k, 0.25), q.device) <= 2 * 4 * 2**16 + 4 * received + scaled
+    q, k = (torch.randn(b, tokens, 4, 16).to(dtype).transpose(1, 2) for _ in range(2))
+    received, copies = 4 * b * tokens, 4 * (q.numel() + k.numel())
+    assert peak_bytes(lambda: saliency(q, k, 0.25), q.device) <= 2 * 4 * 2**16 + 4 * received + copies
