@@ -3,9 +3,10 @@
 On diffusers' UNet2DConditionModel at the shapes of Stable Diffusion 1.5 and XL, random weights, float16, channels last, side by
 side in one run: the floor (one pass of batch 2B and one of B) eager and as CUDA graphs, plain classifier-free guidance, ksag eager,
 compiled and with CUDA graphs, and diffusers' own SAG pipeline. Times are medians of CUDA events over rounds in which each takes
-a step, on one core of the host (Linux); the CUDA graphs take three in a row, as under a sampler, where the host runs ahead. Ratios
-are medians and quartiles of the rounds' ratios; memory is the peak above what was there before the step, as a rule the weights.
-What the variants compute is compared with each other, and with the same weights in float32. Writes gpu.md and gpu.json.
+one step from an idle GPU, launched on one core of the host (Linux). CUDA graphs take three in a row, since under a sampler the host
+runs ahead of them, and the pipeline two, of which the second counts. Ratios are medians and quartiles of the rounds' ratios; memory
+is the peak above what was there before the step, as a rule the weights. What the variants compute is compared with each other, and
+with the same weights in float32. Writes gpu.md and gpu.json.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionSAGPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from measure import Step, peak_bytes, seconds
 from torch import Tensor
 from tqdm import tqdm
@@ -158,6 +159,8 @@ def compiled_wrapper(unet: Any) -> ksag.SAGDenoiser:
 
 def sag_pipeline(unet: Any, inputs: Inputs) -> Callable[[], float]:
     """Seconds of one step of diffusers' pipeline: the second of two."""
+    from diffusers import StableDiffusionSAGPipeline  # here, because it is deprecated and may go
+
     vae = AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
     text = CLIPTextModel(CLIPTextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
@@ -236,7 +239,7 @@ def measure(model: str, side: int, batch: int, budget: float, compile_: bool) ->
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Kernels are launched by one thread, and from core to core it would be slowed down by more than what is measured here."""
+    """Keeps this thread, which launches all kernels, on one core: to move costs it more than what is measured here."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     try:
@@ -287,7 +290,7 @@ def case(result: dict[str, Any]) -> str:
 
 
 def table(*rows: list[str]) -> str:
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    head, *body = ("|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows)
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
 

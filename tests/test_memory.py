@@ -1,10 +1,12 @@
 """Peak memory of a guided step at the shapes of Stable Diffusion: its real UNets, run on tensors that have sizes but no data.
 
-benchmarks/gpu.py measures the same on a GPU, and comes to the same figures.
+What an operator takes for itself is not seen; the figures are held against those that benchmarks/gpu.py measured on a GPU.
 """
 
 import gc
+import json
 import weakref
+from pathlib import Path
 
 import gpu
 import pytest
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 import ksag
 from ksag.adapters.diffusers import denoiser as as_denoiser
 
+MEASURED = json.loads((Path(gpu.__file__).parent / "gpu.json").read_text())["memory"]
 WITHOUT_DATA = FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -52,10 +55,13 @@ def peak_bytes(step, there):
 
 @pytest.fixture(scope="module", params=["SD 1.5", "SDXL"])
 def model(request):
-    torch.set_default_dtype(torch.float16)
-    with WITHOUT_DATA:
-        unet = UNet2DConditionModel(**gpu.UNETS[request.param]).eval().requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)  # for tensors without data have no .half()
+    try:
+        with WITHOUT_DATA:
+            unet = UNet2DConditionModel(**gpu.UNETS[request.param]).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(usual)
     return request.param, as_denoiser(unet, gpu.scheduler())
 
 
@@ -74,13 +80,14 @@ def step(monkeypatch, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("side", gpu.SIDES)
-def test_a_guided_step_holds_no_more_than_plain_cfg(step, side):
+def test_a_guided_step_holds_no_more_than_plain_cfg(step, model, side):
     cfg, guided = step(side, sag_scale=0.0), step(side)
-    assert cfg > 2**26 and guided <= 1.03 * cfg
+    [measured] = [m[gpu.CFG] for m in MEASURED if (m["model"], m["side"]) == (model[0], side)]
+    assert cfg == pytest.approx(measured, rel=0.05) and guided <= 1.001 * cfg
 
 
 @pytest.mark.slow
-def test_nor_does_it_with_an_outer_layer(step, model):
+def test_nor_does_it_with_an_outer_layer_at_128(step, model):
     block = "down_blocks.0" if model[0] == "SD 1.5" else "down_blocks.1"
     guided = step(128, attention=f"{block}.attentions.0.transformer_blocks.0.attn1")
-    assert guided <= 1.03 * step(128, sag_scale=0.0)
+    assert guided <= 1.001 * step(128, sag_scale=0.0)
