@@ -1,7 +1,7 @@
 """CUDA graphs: a function of tensors, captured once for each signature of its arguments and replayed from then on.
 
 graphs = CUDAGraphs(model, limit=8)
-graphs(function, x, {"cond": c})                               # what function(x, {"cond": c}) gives, in one launch
+graphs(function, x, {"cond": c})  # what function(x, {"cond": c}) gives, in one launch
 """
 
 import threading
