@@ -307,7 +307,7 @@ def steps_table(results: list[dict[str, Any]]) -> str:
     return table(*rows)
 
 
-def launches_table(results: list[dict[str, Any]]) -> str:
+def first_calls_table(results: list[dict[str, Any]]) -> str:
     head = ["", "diffusers' pipeline over ksag with CUDA graphs", "first call, eager", "first call with CUDA graphs"]
     return table(head, *(
         [case(r), ratio(r["times"], PIPELINE, GRAPHED), *(f"{r['first_calls'][name]:.1f} s" for name in (EAGER, GRAPHED))]
@@ -341,7 +341,7 @@ def memory_table(memories: list[dict[str, Any]]) -> str:
 def report(run: dict[str, Any]) -> str:
     """gpu.md, from what gpu.json holds."""
     steps, machine = run["steps"], f"{run['gpu']}, torch {run['torch']}, float16, channels last."
-    tables = steps_table(steps), launches_table(steps), differences_table(steps), memory_table(run["memory"])
+    tables = steps_table(steps), first_calls_table(steps), differences_table(steps), memory_table(run["memory"])
     return "\n\n".join((machine, *tables)) + "\n"
 
 

@@ -3,7 +3,6 @@
 What an operator takes for itself is not seen; the figures are held against those that benchmarks/gpu.py measured on a GPU.
 """
 
-import gc
 import json
 import weakref
 from pathlib import Path
@@ -46,13 +45,6 @@ class PeakMemory(TorchDispatchMode):
         self.held -= size
 
 
-def peak_bytes(step, there):
-    with PeakMemory(there) as memory:
-        step()
-    gc.collect()
-    return memory.peak
-
-
 @pytest.fixture(scope="module", params=["SD 1.5", "SDXL"])
 def model(request):
     usual = torch.get_default_dtype()
@@ -73,7 +65,10 @@ def step(monkeypatch, model):
 
     def peak(side, attention="middle", **options):
         with torch.no_grad(), WITHOUT_DATA, ksag.SAGDenoiser(denoiser, attention=attention, cond_key=None) as guided:
-            return peak_bytes(gpu.guided_step(guided, gpu.make_inputs(name, side, 1), **options), there)
+            inputs = gpu.make_inputs(name, side, 1)
+            with PeakMemory(there) as memory:
+                gpu.guided_step(guided, inputs, **options)()
+            return memory.peak
 
     return peak
 
