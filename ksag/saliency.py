@@ -32,12 +32,14 @@ def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:
     b, heads, queries, _ = q.shape
     tokens = k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
-        # contiguous, or matmul would copy those of a batch again for each chunk
-        q = q.contiguous().float() * scale
-        keys = k.contiguous().float().mT
-        chunks = q.split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=2)
+        # flat, or matmul would copy those of a batch again for each chunk
+        q = q.flatten(0, 1).float() * scale
+        keys = k.flatten(0, 1).float().mT
+        chunks = q.split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=1)
         # in one expression, so that a chunk is freed before the next one is made
-        received = functools.reduce(torch.add, ((rows @ keys).softmax(dim=-1).sum(dim=(1, 2)) for rows in chunks))
+        received = functools.reduce(
+            torch.add, ((rows @ keys).softmax(dim=-1).unflatten(0, (b, heads)).sum(dim=(1, 2)) for rows in chunks)
+        )
     if memory:
         received = received[:, memory:]
         return received / received.mean(dim=1, keepdim=True)

@@ -20,8 +20,11 @@ def test_is_the_same_in_any_chunks(monkeypatch, budget):
     torch.testing.assert_close(saliency(q, k, 0.25).double(), dense(q, k, 0.25), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_queries_and_keys_are_copied_once_and_not_for_each_chunk(monkeypatch, dtype):
+# of one sample nothing is copied but to float32; of several also to have their heads in a row
+@pytest.mark.parametrize(
+    ("b", "dtype", "times"), [(1, torch.float32, 0), (1, torch.float16, 2), (3, torch.float32, 2), (3, torch.float16, 4)]
+)
+def test_queries_and_keys_are_copied_once_and_not_for_each_chunk(monkeypatch, b, dtype, times):
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
@@ -30,11 +33,11 @@ def test_queries_and_keys_are_copied_once_and_not_for_each_chunk(monkeypatch, dt
             return result
 
     copies: list[int] = []
-    monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", 3 * 2 * 32 * 8)  # four chunks
-    q, k = (torch.randn(3, 32, 2, 16).to(dtype).transpose(1, 2) for _ in range(2))  # as layers give them
+    monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", b * 2 * 32 * 8)  # four chunks
+    q, k = (torch.randn(b, 32, 2, 16).to(dtype).transpose(1, 2) for _ in range(2))  # as layers give them
     with Sizes():
         saliency(q, k, 0.25)
-    assert copies == [q.numel()] * (2 if dtype == torch.float32 else 4)  # in half precision as it is, and as float32
+    assert copies == [q.numel()] * times
 
 
 def test_mean_over_tokens_is_one():
