@@ -2,11 +2,11 @@
 
 On diffusers' UNet2DConditionModel at the shapes of Stable Diffusion 1.5 and XL, random weights, float16, channels last, side by
 side in one run: the floor (one pass of batch 2B and one of B) eager and as CUDA graphs, plain classifier-free guidance, ksag eager,
-compiled and with CUDA graphs, and diffusers' own SAG pipeline. Times are medians of CUDA events over rounds in which each takes
-one step from an idle GPU, launched on one core of the host (Linux). CUDA graphs take three in a row, since under a sampler the host
-runs ahead of them, and the pipeline two, of which the second counts. Ratios are medians and quartiles of the rounds' ratios; memory
-is the peak above what was there before the step, as a rule the weights. What the variants compute is compared with each other, and
-with the same weights in float32. Writes gpu.md and gpu.json.
+compiled, with CUDA graphs and with both, and diffusers' own SAG pipeline. Times are medians of CUDA events over rounds in which
+each takes one step from an idle GPU, in random order, launched on one core of the host (Linux). CUDA graphs take three in a row,
+since under a sampler the host runs ahead of them, and the pipeline two, of which the second counts. Ratios are medians and
+quartiles of the rounds' ratios; memory is the peak above what was there before the step, as a rule the weights. What the variants
+compute is compared with each other, and with the same weights in float32. Writes gpu.md and gpu.json.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import copy
 import gc
 import json
 import os
+import random
 import statistics
 import time
 import warnings
@@ -49,6 +50,8 @@ IN_A_ROW = 3
 SIDES = (64, 128, 256)
 FLOOR, FLOOR_GRAPHED = "floor: 2B + B", "floor, CUDA graphs"
 CFG, EAGER, COMPILE, GRAPHED = "plain CFG: 2B", "ksag", "ksag, torch.compile", "ksag, use_cuda_graphs"
+BOTH = "ksag, torch.compile, use_cuda_graphs"
+IN_GRAPHS = (FLOOR_GRAPHED, GRAPHED, BOTH)
 PIPELINE = "diffusers SAG pipeline"
 
 
@@ -203,24 +206,26 @@ def measure(model: str, side: int, batch: int, budget: float, compile_: bool) ->
     bare = make_unet(model)  # the floor's UNet has no hooks
     exact = computed_in_float32(bare, inputs)
     wrappers = {name: ksag.SAGDenoiser(as_denoiser(make_unet(model), scheduler()), cond_key=None) for name in (EAGER, GRAPHED)}
-    wrappers[GRAPHED].use_cuda_graphs()
-
-    first_calls = {name: first_call(guided_step(wrapper, inputs)) for name, wrapper in wrappers.items()}
-    wrappers[GRAPHED].use_cuda_graphs()
-    gc.collect()
-    peaks = {GRAPHED: peak_bytes(guided_step(wrappers[GRAPHED], inputs), DEVICE)}
-
     if compile_:
-        wrappers[COMPILE] = compiled_wrapper(copy.deepcopy(bare))
+        wrappers |= {name: compiled_wrapper(copy.deepcopy(bare)) for name in (COMPILE, BOTH)}
+    steps: dict[str, Step] = {name: guided_step(wrapper, inputs) for name, wrapper in wrappers.items()}
+
+    first_calls, peaks = {EAGER: first_call(steps[EAGER])}, {}
+    for name in (GRAPHED, BOTH) if compile_ else (GRAPHED,):
+        wrappers[name].use_cuda_graphs()
+        first_calls[name] = first_call(steps[name])
+        wrappers[name].use_cuda_graphs()  # anew, now that all libraries are loaded
+        gc.collect()
+        peaks[name] = peak_bytes(steps[name], DEVICE)
+
     passes = floor_passes(as_denoiser(bare, scheduler()), inputs)
-    steps: dict[str, Step] = {
+    steps |= {
         FLOOR: lambda: [model_pass() for model_pass in passes],
-        **{name: guided_step(wrapper, inputs) for name, wrapper in wrappers.items()},
         CFG: guided_step(wrappers[EAGER], inputs, sag_scale=0.0),
         FLOOR_GRAPHED: graphed_floor(passes),
     }
     timers: dict[str, Callable[[], float]] = {
-        name: partial(seconds, step, DEVICE, IN_A_ROW if name in (FLOOR_GRAPHED, GRAPHED) else 1) for name, step in steps.items()
+        name: partial(seconds, step, DEVICE, IN_A_ROW if name in IN_GRAPHS else 1) for name, step in steps.items()
     }
     if model == "SD 1.5":
         timers[PIPELINE] = sag_pipeline(bare, inputs)
@@ -249,15 +254,15 @@ def one_core() -> Iterator[None]:
 
 
 def rounds(timers: dict[str, Callable[[], float]], budget: float, name: str) -> dict[str, list[float]]:
-    """Times in rounds, each of which begins with another timer, until `budget` seconds are over: two at least, for quartiles."""
+    """Times in rounds, each in an order of its own, until `budget` seconds are over: two at least, for quartiles."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
     ends = time.perf_counter() + budget
     with one_core(), tqdm(desc=name, unit=" rounds") as bar:
         while bar.n < 2 or time.perf_counter() < ends:
+            random.shuffle(order)
             for timer in order:
                 times[timer].append(timers[timer]())
-            order = order[1:] + order[:1]
             bar.update()
     return times
 
@@ -299,18 +304,19 @@ def steps_table(results: list[dict[str, Any]]) -> str:
     for result in results:
         times, peaks = result["times"], result["peaks"]
         rows.append([f"**{case(result)}**, {len(times[FLOOR])} rounds", "", "", "", ""])
-        for name in (FLOOR, CFG, EAGER, PIPELINE, COMPILE, FLOOR_GRAPHED, GRAPHED):
+        for name in (FLOOR, CFG, EAGER, PIPELINE, COMPILE, FLOOR_GRAPHED, GRAPHED, BOTH):
             if name in times:
-                floor = FLOOR_GRAPHED if name in (FLOOR_GRAPHED, GRAPHED) else FLOOR
+                floor = FLOOR_GRAPHED if name in IN_GRAPHS else FLOOR
                 middle = f"{statistics.median(times[name]) * 1e3:.1f} ms"
                 rows.append([name, middle, ratio(times, name, floor), ratio(times, name, CFG), mib(peaks, name)])
     return table(*rows)
 
 
 def first_calls_table(results: list[dict[str, Any]]) -> str:
-    head = ["", "diffusers' pipeline over ksag with CUDA graphs", "first call, eager", "first call with CUDA graphs"]
+    head = ["", *(f"{PIPELINE} over {name}" for name in (GRAPHED, BOTH)), "first call, eager", "first call, CUDA graphs"]
     return table(head, *(
-        [case(r), ratio(r["times"], PIPELINE, GRAPHED), *(f"{r['first_calls'][name]:.1f} s" for name in (EAGER, GRAPHED))]
+        [case(r), *(ratio(r["times"], PIPELINE, name) for name in (GRAPHED, BOTH)),
+         *(f"{r['first_calls'][name]:.1f} s" for name in (EAGER, GRAPHED))]
         for r in results
     ))  # fmt: skip
 
@@ -323,6 +329,7 @@ def differences_table(results: list[dict[str, Any]]) -> str:
         for variant, origin, of in (
             ("eager from float32", "from_float32", EAGER), ("compiled from float32", "from_float32", COMPILE),
             ("compiled from eager", "from_eager", COMPILE), ("CUDA graphs from eager", "from_eager", GRAPHED),
+            ("compiled, CUDA graphs from eager", "from_eager", BOTH),
         ):  # fmt: skip
             if of in result[origin]:
                 d = result[origin][of]

@@ -36,11 +36,11 @@ def gaussian_blur(x: Tensor, sigma: float, kernel_size: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         # in half precision the rounded weights of a Gaussian would no longer sum to 1
         y = x.to(torch.promote_types(x.dtype, torch.float32))
-        t = torch.arange(-half, half + 1, device=y.device, dtype=y.dtype)
-        g = torch.softmax(t.square() * (-0.5 / sigma**2), dim=0)
+        t = torch.arange(-half, half + 1, device=y.device, dtype=y.dtype).expand(c, -1)
+        g = torch.softmax(t.square() * (-0.5 / sigma**2), dim=1)
         y = F.pad(y, (half, half, half, half), mode="reflect")
-        y = F.conv2d(y, g.expand(c, 1, 1, kernel_size), groups=c)
-        return F.conv2d(y, g[:, None].expand(c, 1, kernel_size, 1), groups=c).to(x.dtype)
+        y = F.conv2d(y, g[:, None, None], groups=c)
+        return F.conv2d(y, g[:, None, :, None], groups=c).to(x.dtype)
 
 
 def degrade(u: Tensor, mask: Tensor, blur_sigma: float, kernel_size: int) -> Tensor:

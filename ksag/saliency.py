@@ -32,13 +32,13 @@ def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:
     b, heads, queries, _ = q.shape
     tokens = k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
-        # flat, or matmul would copy those of a batch again for each chunk
+        # flat, for bmm: matmul would copy those of a batch again for each chunk
         q = q.flatten(0, 1).float() * scale
         keys = k.flatten(0, 1).float().mT
         chunks = q.split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=1)
         # in one expression, so that a chunk is freed before the next one is made
         received = functools.reduce(
-            torch.add, ((rows @ keys).softmax(dim=-1).unflatten(0, (b, heads)).sum(dim=(1, 2)) for rows in chunks)
+            torch.add, (torch.bmm(rows, keys).softmax(dim=-1).unflatten(0, (b, heads)).sum(dim=(1, 2)) for rows in chunks)
         )
     if memory:
         received = received[:, memory:]
