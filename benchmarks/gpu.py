@@ -313,7 +313,8 @@ def steps_table(results: list[dict[str, Any]]) -> str:
 
 
 def first_calls_table(results: list[dict[str, Any]]) -> str:
-    head = ["", *(f"{PIPELINE} over {name}" for name in (GRAPHED, BOTH)), "first call, eager", "first call, CUDA graphs"]
+    over = [f"{PIPELINE} over {name.removeprefix('ksag, ')}" for name in (GRAPHED, BOTH)]
+    head = ["", *over, "first call, eager", "first call, CUDA graphs"]
     return table(head, *(
         [case(r), *(ratio(r["times"], PIPELINE, name) for name in (GRAPHED, BOTH)),
          *(f"{r['first_calls'][name]:.1f} s" for name in (EAGER, GRAPHED))]
