@@ -198,11 +198,12 @@ class SAGDenoiser(nn.Module):
             guided = ksag.SAGDenoiser(denoiser).use_cuda_graphs()
             K.sampling.sample_euler(guided, x, sigmas, extra_args=extra_args)
 
-        The first call with new shapes, dtypes or keywords captures its two passes, in about a second; every later one
-        replays them, under any sampler, `sigma_range` and `trace()`. cond_scale, sag_scale, blur_sigma and mask_threshold
-        may change freely. Conditionings are copied in only when they change. Weights may change in place; after any other
-        change to the model (a LoRA, another attention processor), call this again. A call with gradients enabled, or on
-        the CPU, runs as without. Each thread captures for itself. `close()` frees the graphs and their memory.
+        The first call with new shapes, dtypes or keywords captures its two passes, in about a second (a compiled model compiles
+        first); every later one replays them, under any sampler, `sigma_range` and `trace()`. cond_scale, sag_scale,
+        blur_sigma and mask_threshold may change freely. Conditionings are copied in only when they change. Weights may
+        change in place; after any other change to the model (a LoRA, another attention processor, torch.compile), call this
+        again. A call with gradients enabled, or on the CPU, runs as without. Each thread captures for itself. `close()`
+        frees the graphs and their memory.
 
         Args:
             limit: graphs kept. A guided step takes two, one more where `sigma_range` or `sag_scale` 0 leave SAG out; the least
