@@ -33,8 +33,8 @@ def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:
     tokens = k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
         # flat, for bmm: matmul would copy those of a batch again for each chunk
-        q = q.flatten(0, 1).float() * scale
-        keys = k.flatten(0, 1).float().mT
+        q, k = (x.to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1) for x in (q, k))
+        q, keys = q * scale, k.mT
         chunks = q.split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=1)
         # in one expression, so that a chunk is freed before the next one is made
         received = functools.reduce(

@@ -20,9 +20,9 @@ def test_is_the_same_in_any_chunks(monkeypatch, budget):
     torch.testing.assert_close(saliency(q, k, 0.25).double(), dense(q, k, 0.25), rtol=1e-5, atol=0)
 
 
-# of one sample nothing is copied but to float32; of several also to have their heads in a row
+# in half precision to float32; in float32 only those of a batch, whose heads do not lie in a row
 @pytest.mark.parametrize(
-    ("b", "dtype", "times"), [(1, torch.float32, 0), (1, torch.float16, 2), (3, torch.float32, 2), (3, torch.float16, 4)]
+    ("b", "dtype", "times"), [(1, torch.float32, 0), (1, torch.float16, 2), (3, torch.float32, 2), (3, torch.float16, 2)]
 )
 def test_queries_and_keys_are_copied_once_and_not_for_each_chunk(monkeypatch, b, dtype, times):
     class Sizes(TorchDispatchMode):
