@@ -20,10 +20,11 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+
+from ksag import zoo
 
 
 def load_split(path: Path, split: str, classes: list[str]) -> tuple[Tensor, Tensor]:
@@ -81,11 +82,6 @@ def held_out_loss(denoiser: K.layers.Denoiser, sample_density, images: Tensor, c
     return torch.stack(losses).mean().item()
 
 
-def save_weights(model: nn.Module, path: Path, config: dict, record: dict) -> None:
-    weights = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, path, metadata={"config": json.dumps(config), "training": json.dumps(record)})
-
-
 @click.command(help=__doc__)
 @click.option(
     "--data",
@@ -97,7 +93,7 @@ def save_weights(model: nn.Module, path: Path, config: dict, record: dict) -> No
     "--config",
     type=click.Path(exists=True, path_type=Path),
     show_default=True,
-    default=Path(__file__).parents[1] / "ksag/zoo/cifar10.json",
+    default=zoo.CIFAR10.with_suffix(".json"),
     help="A k-diffusion config.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/cifar10"), show_default=True)
@@ -214,7 +210,7 @@ def main(data, config, out, steps, batch_size, seed, save_every, pause_after, co
         "torch": torch.__version__,
     }
     path = out / "cifar10.safetensors"
-    save_weights(emas[best.replace(".", "_")], path, source, record)
+    zoo.save(emas[best.replace(".", "_")].state_dict(), path, source, record)
     tqdm.write(f"{path} ({path.stat().st_size / 2**20:.1f} MiB): {json.dumps(record)}")
 
 

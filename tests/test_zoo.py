@@ -1,13 +1,22 @@
+"""Is what `ksag.zoo` loads what was saved, and is a damaged or foreign file an error that names it?"""
+
 import json
+import random
+import re
 
 import k_diffusion as K
 import pytest
 import torch
+from diffusers import UNet2DModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ksag
 from ksag import zoo
 from ksag.samplers import sample
+from tests.models import randomise
+
+# The bundled model
 
 
 def test_the_bundled_model_is_small_and_carries_its_config():
@@ -68,9 +77,170 @@ def test_sag_acts_on_the_bundled_model_where_it_looks(bundled):
     assert (result - plain).abs().max() > 1e-3
 
 
+# Files that are whole
+
+
 @pytest.fixture
 def weights(tmp_path):
     return tmp_path / "weights.safetensors"
+
+
+def small_config():
+    """The bundled model's, smaller, so that a file is loaded in milliseconds."""
+    config = json.loads(zoo.CIFAR10.with_suffix(".json").read_text())
+    config["model"] |= {"channels": [32, 32], "depths": [1, 1], "self_attn_depths": [False, True], "mapping_out": 32}
+    return config
+
+
+def small_model():
+    torch.manual_seed(0)
+    return randomise(K.config.make_model(K.config.load_config(small_config()))).half().float()
+
+
+def same(state, expected):
+    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_what_is_saved_is_loaded(weights):
+    model, config = small_model(), small_config()
+    zoo.save(model.state_dict(), weights, config, {"steps": 3})
+    assert same(zoo.load(weights).inner_model.state_dict(), model.state_dict())
+    assert zoo.load_config(weights) == K.config.load_config(config) == K.config.load_config(weights)
+    with safe_open(weights, "pt") as file:
+        assert json.loads(file.metadata()["training"]) == {"steps": 3}
+
+
+def test_the_bundled_file_is_as_save_writes_it(weights, bundled):
+    with safe_open(zoo.CIFAR10, "pt") as file:
+        metadata = file.metadata()
+    zoo.save(bundled.inner_model.state_dict(), weights, json.loads(metadata["config"]), json.loads(metadata["training"]))
+    with safe_open(weights, "pt") as file:
+        assert file.metadata() == metadata
+
+
+def test_checksum_is_of_names_dtypes_shapes_bytes_and_metadata():
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(1.5, dtype=torch.float16)}
+    metadata = {"config": "{}"}
+    expected = zoo.checksum(tensors, metadata)
+    assert expected == zoo.checksum(dict(reversed(tensors.items())), metadata | {"sha256": "?"})
+    assert expected == zoo.checksum(tensors | {"b": tensors["b"].T.contiguous().T}, metadata)
+    different = [
+        (tensors | {"b": tensors["b"].reshape(3, 2)}, metadata),
+        (tensors | {"b": tensors["b"].view(torch.int32)}, metadata),
+        (tensors | {"b": tensors["b"].nextafter(torch.tensor(9.0))}, metadata),
+        ({"b": tensors["b"], "c": tensors["a"]}, metadata),
+        (tensors, {"config": "[]"}),
+        (tensors, metadata | {"training": ""}),
+    ]
+    assert len({expected, *(zoo.checksum(*other) for other in different)}) == 1 + len(different)
+
+
+def test_k_diffusions_own_file_has_no_checksum_and_loads(weights):
+    """As its convert_for_inference.py writes it."""
+    model = small_model()
+    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    save_file(state, weights, metadata={"config": json.dumps(small_config(), indent=4)})
+    assert same(zoo.load(weights).inner_model.state_dict(), model.state_dict())
+
+
+# Files that are damaged
+
+
+def replace_bytes(data, start, end, generator):
+    """One to three bytes between start and end, by random ones."""
+    for _ in range(generator.randint(1, 3)):
+        data[generator.randrange(start, end)] = generator.randrange(256)
+
+
+def damage_header(data, generator):
+    replace_bytes(data, 0, 8 + int.from_bytes(data[:8], "little"), generator)
+
+
+def damage_header_letter(data, generator):
+    """A letter or a digit by another, so that the header remains JSON."""
+    letters = [i for i in range(8, 8 + int.from_bytes(data[:8], "little")) if chr(data[i]).isalnum()]
+    data[generator.choice(letters)] = ord(generator.choice("0123456789abcdeftrues"))
+
+
+def damage_config_number(data, generator):
+    start = data.index(b"config")
+    digits = [i for i in range(start, data.index(b"ema_sched")) if chr(data[i]).isdigit()]
+    data[generator.choice(digits)] = ord(generator.choice("0123456789"))
+
+
+def damage_tensors(data, generator):
+    replace_bytes(data, 8 + int.from_bytes(data[:8], "little"), len(data), generator)
+
+
+def damage_sector(data, generator):
+    start = generator.randrange(len(data) - 512)
+    data[start : start + 512] = bytes(512)
+
+
+def exchange_names(data, generator):
+    """Two tensors' names, of the same length."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    names = [name for name in header if name != "__metadata__"]
+    a = generator.choice(names)
+    b = generator.choice([name for name in names if len(name) == len(a)])
+    swapped = {{a: b, b: a}.get(name, name): entry for name, entry in header.items()}
+    data[8:end] = json.dumps(swapped, separators=(",", ":")).encode().ljust(end - 8)
+
+
+def cut_off(data, generator):
+    del data[generator.randrange(len(data)) :]
+
+
+def lengthen(data, generator):
+    data += generator.randbytes(generator.randint(1, 64))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_header, damage_header_letter, damage_config_number, damage_tensors, damage_sector, exchange_names, cut_off, lengthen,
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_an_error_that_names_it_or_the_same_model(weights, damage):
+    model = small_model()
+    zoo.save(model.state_dict(), weights, small_config(), {"steps": 3})
+    whole, expected, config = weights.read_bytes(), model.state_dict(), zoo.load_config(weights)
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damage(damaged, generator)
+        weights.write_bytes(damaged)
+        try:
+            denoiser = zoo.load(weights)
+        except ValueError as error:
+            assert "weights.safetensors" in str(error)
+            refused += 1
+        else:
+            assert same(denoiser.inner_model.state_dict(), expected) and zoo.load_config(weights) == config
+    assert refused >= 30
+
+
+@pytest.mark.parametrize("damage", [damage_header, damage_tensors, damage_config_number])
+def test_the_bundled_file_damaged(weights, damage):
+    generator = random.Random(1)
+    for _ in range(4):
+        damaged = bytearray(zoo.CIFAR10.read_bytes())
+        damage(damaged, generator)
+        if damaged != zoo.CIFAR10.read_bytes():
+            weights.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"weights.safetensors (is damaged|is cut off|has no)"):
+                zoo.load(weights)
+
+
+def test_a_file_whose_checksum_was_taken_out(weights):
+    save_file(load_file(zoo.CIFAR10), weights, {"config": json.dumps(small_config()), "training": "{}"})
+    with pytest.raises(ValueError, match=r"weights.safetensors has no checksum .* only config, training.*write it with"):
+        zoo.load(weights)
+
+
+# Files of another kind
 
 
 def test_truncated_weights(weights):
@@ -79,15 +249,49 @@ def test_truncated_weights(weights):
         zoo.load(weights)
 
 
-def test_foreign_file(weights):
-    weights.write_bytes(b"PK\x03\x04 this is a zip, or a pickle, or a picture")
-    with pytest.raises(ValueError, match="is cut off, or no safetensors file"):
+@pytest.mark.parametrize("content", [b"PK\x03\x04 this is a zip, or a pickle, or a picture", b""])
+def test_foreign_file(weights, content):
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights.safetensors is cut off, or no safetensors file"):
         zoo.load(weights)
 
 
-def test_safetensors_of_another_kind(weights):
-    save_file({"a": torch.zeros(1)}, weights)
-    with pytest.raises(ValueError, match="has no k-diffusion config in its metadata"):
+def test_a_pickled_checkpoint(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": small_model().state_dict()}, path)
+    with pytest.raises(ValueError, match=r"model.ckpt is .* no safetensors file.*convert_for_inference.py"):
+        zoo.load(path)
+
+
+def test_a_folder(tmp_path):
+    with pytest.raises(IsADirectoryError, match=f"{re.escape(str(tmp_path))} is a folder; expected a safetensors file"):
+        zoo.load(tmp_path)
+
+
+def test_a_unet_of_diffusers(tmp_path):
+    UNet2DModel(
+        sample_size=8, block_out_channels=(32, 32), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).save_pretrained(tmp_path)  # fmt: skip
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ValueError, match=r"model.safetensors has no k-diffusion config in its metadata.*ksag.adapters.diffusers"):
+        zoo.load(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ('{"model": ', "JSONDecodeError"),
+        ("{}", "KeyError: 'model'"),
+        ("[]", "TypeError"),
+        ('{"model": {"type": "image_v1"}}', "KeyError: 'input_channels'"),
+        ('{"model": {"type": "flux"}}', "unsupported model type flux"),
+        (json.dumps(small_config() | {"model": small_config()["model"] | {"depths": "two"}}), "TypeError"),
+    ],
+)
+def test_a_config_that_k_diffusion_cannot_build_from(weights, config, error):
+    save_file({"a": torch.zeros(1)}, weights, {"config": config})
+    with pytest.raises(ValueError, match=rf"weights.safetensors has a config that k-diffusion cannot build .* from: .*{error}"):
         zoo.load(weights)
 
 
