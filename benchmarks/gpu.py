@@ -91,7 +91,7 @@ def scheduler() -> DDIMScheduler:
 def floor_passes(denoiser: torch.nn.Module, inputs: Inputs) -> tuple[Step, Step]:
     """The passes of 2B and of B that a guided step cannot avoid, on their own."""
     x, sigma, cond, uncond = inputs
-    both = ksag.conditioning.concatenate(uncond, cond)
+    both = ksag.conditioning.join(uncond, cond)
     x2, sigma2 = torch.cat([x, x]), torch.cat([sigma, sigma])
     return lambda: denoiser(x2, sigma2, **both), lambda: denoiser(x, sigma, **uncond)
 

@@ -1,13 +1,26 @@
-"""Where a UNet keeps its self-attention: every layer that ksag can read, and the one that `attention=` names."""
+"""Where a UNet keeps its self-attention: every layer that ksag supports, and the one that `attention=` names."""
 
 import difflib
 import re
-from typing import NamedTuple
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from ksag import table
-from ksag.families import FAMILIES, Family, family_of, is_cross_attention
+from ksag import families, table
+from ksag.families import Family
+from ksag.families.diffusers import is_joint
+from ksag.families.family import Place
+from ksag.parameters import described
+
+WATCHERS: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Any]]" = weakref.WeakKeyDictionary()
+"""The open taps on each layer, for what they have seen of it."""
+
+JOINT = (
+    "ksag does not support joint attention, in which image and text attend together (as in Stable Diffusion 3, Flux and "
+    "Kandinsky): there is no map of what the image attends to in itself"
+)
 
 
 class AttentionLayer(NamedTuple):
@@ -21,18 +34,22 @@ class AttentionLayer(NamedTuple):
     """None where ksag does not know how the layer holds it."""
     grid: tuple[int, int] | None
     """(h', w') that an open wrapper saw when it last looked at the layer; None before."""
+    checked: bool
+    """Whether an open wrapper found that what it reads is what the layer applies."""
 
 
 class AttentionLayers(list[AttentionLayer]):
     """A list of `AttentionLayer` that shows as a table.
 
-    >>> AttentionLayers([AttentionLayer("mid_block.attn1", "CompVis / SGM / diffusers", 8, (8, 8))])
-    path             family                     heads  grid
-    mid_block.attn1  CompVis / SGM / diffusers  8      8×8
+    >>> AttentionLayers([AttentionLayer("mid_block.attn1", "diffusers Attention", 8, (8, 8), True)])
+    path             family               heads  grid  checked
+    mid_block.attn1  diffusers Attention  8      8×8   yes
     """
 
     def _cells(self) -> list[tuple[str, ...]]:
-        rows = [(path, family, f"{heads or '?'}", "×".join(map(str, grid or "?"))) for path, family, heads, grid in self]
+        rows = []
+        for path, family, heads, grid, checked in self:
+            rows.append((path, family, f"{heads or '?'}", "×".join(map(str, grid or "?")), "yes" if checked else "no"))
         return [AttentionLayer._fields, *rows]
 
     def __repr__(self) -> str:
@@ -45,53 +62,67 @@ class AttentionLayers(list[AttentionLayer]):
 
 
 def list_attention(inner_model: nn.Module) -> AttentionLayers:
-    """Every self-attention layer of `inner_model` that ksag can read, in the order of `inner_model.named_modules()`.
+    """Every self-attention layer of `inner_model` that ksag supports, in the order of `inner_model.named_modules()`.
 
     Each `path` can be given to `SAGDenoiser(inner_model, attention=path)`. In a model of no family that ksag knows, it
-    lists what looks like attention by the name of its class. Whether such a module can be read shows when it runs: ksag
+    lists what looks like attention by the name of its class. Whether such a module is supported shows when it runs: ksag
     then looks for its call of `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         inner_model: a k-diffusion denoiser, or the UNet in it; nothing of it runs.
 
     Returns:
-        A list of `AttentionLayer`, empty where nothing looks like attention. The grid (h', w'), in tokens, is what a
-            `SAGDenoiser` on this model last saw, None before.
+        A list of `AttentionLayer`, empty where nothing looks like attention. The grid (h', w'), in tokens, and whether the
+            reading was checked, are what an open `SAGDenoiser` on this model saw.
 
     >>> import ksag.zoo
     >>> ksag.list_attention(ksag.zoo.load())  # doctest: +ELLIPSIS
-    path                            family                       heads  grid
-    inner_model.u_net.d_blocks.1.2  k-diffusion SelfAttention2d  2      ?
+    path                            family                       heads  grid  checked
+    inner_model.u_net.d_blocks.1.2  k-diffusion SelfAttention2d  2      ?     no
     ...
     """
-    modules = list(inner_model.named_modules())
-    readable = [
-        AttentionLayer(path, family.name, getattr(layer, family.heads), _grid_seen(layer))
-        for path, layer in modules
-        if (family := family_of(layer, path))
+    layers = [
+        AttentionLayer(path, family.name, getattr(layer, family.heads), *_seen(layer))
+        for path, layer, family in _supported(inner_model)
     ]
-    return AttentionLayers(readable or [_unknown(path, module) for path, module in modules if _looks_like_attention(module)])
+    return AttentionLayers(layers or [_unknown(inner_model, path, module) for path, module in _looking_alike(inner_model)])
 
 
-def _looks_like_attention(module: nn.Module) -> bool:
-    return re.search("att", type(module).__name__, re.I) is not None
+def _supported(inner_model: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
+    for path, layer in inner_model.named_modules():
+        if family := families.family_of(layer, path, _parent(inner_model, path)):
+            yield path, layer, family
 
 
-def _unknown(path: str, module: nn.Module) -> AttentionLayer:
-    how = "cannot be read" if _is_unreadable(module, path) else "by path, if it calls scaled_dot_product_attention"
-    heads = (getattr(module, name, None) for name in sorted({family.heads for family in FAMILIES}))
+def _parent(inner_model: nn.Module, path: str) -> nn.Module:
+    return inner_model.get_submodule(path.rpartition(".")[0])
+
+
+def _looking_alike(inner_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in inner_model.named_modules():
+        if re.search("att", type(module).__name__, re.I):
+            yield path, module
+
+
+def _unknown(inner_model: nn.Module, path: str, module: nn.Module) -> AttentionLayer:
+    how = "not supported" if _is_unsupported(module) else "by path, if it calls scaled_dot_product_attention"
+    heads = (getattr(module, name, None) for name in sorted({family.heads for family in families.FAMILIES}))
     known = next((n for n in heads if isinstance(n, int)), None)
-    return AttentionLayer(path, f"unknown {type(module).__name__}: {how}", known, _grid_seen(module))
+    return AttentionLayer(path, f"unknown {type(module).__name__}: {how}", known, *_seen(module))
 
 
-def _is_unreadable(module: nn.Module, path: str) -> bool:
+def _is_unsupported(module: nn.Module) -> bool:
     """Whether no call of scaled_dot_product_attention in there could be seen, or be the image's own attention."""
-    return type(module).__module__.startswith("torch.nn.") or is_cross_attention(module, path)
+    return (
+        type(module).__module__.startswith("torch.nn.")
+        or is_joint(module)
+        or (hasattr(module, "to_q") and hasattr(module, "heads"))
+    )
 
 
-def _grid_seen(layer: nn.Module) -> tuple[int, int] | None:
-    grids = (getattr(getattr(hook, "__self__", None), "grid", None) for hook in layer._forward_hooks.values())
-    return next((grid for grid in grids if grid), None)
+def _seen(layer: nn.Module) -> tuple[tuple[int, int] | None, bool]:
+    taps = WATCHERS.get(layer, ())
+    return next((tap.grid for tap in taps if tap.grid), None), any(tap.checked for tap in taps)
 
 
 def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[str, nn.Module, Family | None]:
@@ -107,13 +138,13 @@ def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[
             call of scaled_dot_product_attention can tell.
 
     Raises:
-        ValueError: there is none, or it is no self-attention that ksag can read; the message lists what there is.
+        ValueError: there is none, or it is no self-attention that ksag supports; the message lists what there is.
 
     >>> from diffusers import UNet2DModel
     >>> unet = UNet2DModel(block_out_channels=(32, 32, 32, 32), norm_num_groups=8, layers_per_block=1)
     >>> path, layer, family = find_attention(unet, "middle")
     >>> path, family.name
-    ('mid_block.attentions.0', 'CompVis / SGM / diffusers')
+    ('mid_block.attentions.0', 'diffusers Attention')
     """
     if isinstance(attention, nn.Module):
         path = next((path for path, module in inner_model.named_modules() if module is attention), None)
@@ -122,40 +153,44 @@ def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[
                 f"attention= is a {type(attention).__name__} that is not part of inner_model. Give a module of the model "
                 f"that is wrapped, or its path. {hint(inner_model)}"
             )
-    elif attention == "middle":
-        path = _middle(inner_model)
+    elif not isinstance(attention, str):
+        raise ValueError(f"attention= is 'middle', a path in inner_model, or a module of it, got {described(attention)}.")
     else:
-        path = _resolve(inner_model, attention)
+        path = middle(inner_model) if attention == "middle" else _resolve(inner_model, attention)
     layer = inner_model.get_submodule(path)
-    family = family_of(layer, path)
-    holds_readable = any(inside.startswith(f"{path}." if path else "") for inside in _readable(inner_model))
-    if family is None and (holds_readable or _is_unreadable(layer, path)):
+    family = families.family_of(layer, path, _parent(inner_model, path))
+    if is_joint(layer):
+        raise ValueError(f"attention={path!r} is a {type(layer).__name__}, and {JOINT}. {hint(inner_model, path)}")
+    holds_supported = any(inside.startswith(f"{path}." if path else "") for inside, *_ in _supported(inner_model))
+    if family is None and (holds_supported or _is_unsupported(layer)):
         raise ValueError(
-            f"attention={path!r} is a {type(layer).__name__}, not a self-attention layer that ksag can read. "
+            f"attention={path!r} is a {type(layer).__name__}, not a self-attention layer that ksag supports. "
             f"{hint(inner_model, path)}"
         )
     return path, layer, family
 
 
-def _readable(inner_model: nn.Module) -> list[str]:
-    return [path for path, layer in inner_model.named_modules() if family_of(layer, path)]
+def middle(inner_model: nn.Module) -> str:
+    """The path of the first self-attention in the middle of a UNet, or else of its deepest level; of a stack's middle block.
 
-
-def _middle(inner_model: nn.Module) -> str:
-    """The first self-attention of the UNet's middle, or else of its deepest level; a plain stack of blocks has its middle one."""
-    paths = _readable(inner_model)
-    for path in paths:
-        if re.search(r"(^|\.)(middle_block|mid_block|mid_attn|mid_level|mids)(\.|$)", path):
-            return path
-    for level, deepest in (r"(?:d_blocks|downs)\.(\d+)", max), (r"(?:enc|dec)\.(\d+)x\d+_\w+", min):
-        levels = [(int(match[1]), path) for path in paths if (match := re.search(rf"(?:^|\.){level}(?:\.|$)", path))]
-        if levels:
-            target = deepest(levels)[0]
-            return next(path for number, path in levels if number == target)
-    stack = [path for path in paths if re.search(r"(^|\.)blocks\.\d+\.", path)]
-    if stack:
-        return stack[len(stack) // 2]
-    raise ValueError(f"No self-attention found in the middle of {type(inner_model).__name__}. {hint(inner_model)}")
+    Raises:
+        ValueError: there is none, or more than one UNet.
+    """
+    for path, module in inner_model.named_modules():
+        if is_joint(module):
+            raise ValueError(f"{path!r} is a {type(module).__name__}, and {JOINT}. {hint(inner_model)}")
+    layers = list(_supported(inner_model))
+    places: list[Place] = []
+    for family in families.FAMILIES:
+        places += family.middle(inner_model, [path for path, _, its_family in layers if its_family is family])
+    # A ControlNet only goes down, and half a VAE only down or only up
+    candidates = [place.path for place in places if place.whole] or [place.path for place in places]
+    if not candidates:
+        raise ValueError(f"No self-attention found in the middle of {type(inner_model).__name__}. {hint(inner_model)}")
+    if len(candidates) > 1:
+        paths = ", ".join(map(repr, candidates))
+        raise ValueError(f"{type(inner_model).__name__} holds more than one UNet: give attention= one of {paths}.")
+    return candidates[0]
 
 
 def _resolve(inner_model: nn.Module, path: str) -> str:
@@ -169,21 +204,21 @@ def _resolve(inner_model: nn.Module, path: str) -> str:
 
 
 def hint(inner_model: nn.Module, path: str = "") -> str:
-    """What to give as attention=: the layers nearest to `path` that can be read, or the modules that look like attention.
+    """What to give as attention=: the layers nearest to `path` that are supported, or the modules that look like attention.
 
     >>> from diffusers import UNet2DModel
     >>> unet = UNet2DModel(block_out_channels=(32, 32, 32, 32), norm_num_groups=8, layers_per_block=1)
     >>> hint(unet, "mid_block")
     "Name one of its 10 self-attention layers as attention=, for example 'mid_block.attentions.0'."
     """
-    if readable := _readable(inner_model):
-        inside = [p for p in readable if path and p.startswith(f"{path}.")]
-        nearest = inside or difflib.get_close_matches(path, readable, n=5, cutoff=0.0)
+    if supported := [path for path, *_ in _supported(inner_model)]:
+        inside = [p for p in supported if path and p.startswith(f"{path}.")]
+        nearest = inside or difflib.get_close_matches(path, supported, n=5, cutoff=0.0)
         examples = ", ".join(map(repr, nearest[:5]))
-        return f"Name one of its {len(readable)} self-attention layers as attention=, for example {examples}."
+        return f"Name one of its {len(supported)} self-attention layers as attention=, for example {examples}."
     similar = [f"{layer.path!r} ({layer.family})" for layer in list_attention(inner_model)]
     candidates = f"These look like attention: {', '.join(similar[:5])}. " if similar else ""
-    known = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
+    known = ", ".join(dict.fromkeys(family.name for family in families.FAMILIES))
     return (
         f"It has no layer of a family that ksag knows ({known}). {candidates}"
         f"A module that calls torch.nn.functional.scaled_dot_product_attention once can be named with attention='dotted.path'."

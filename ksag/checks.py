@@ -1,36 +1,12 @@
 """Bad input → an error that says what came, what was expected and what to do."""
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ksag import conditioning
-
-
-def finite(name: str, value: float) -> float:
-    if not -math.inf < value < math.inf:  # math.isfinite cannot be compiled for a value that varies
-        raise ValueError(f"{name} must be a finite number, got {value}.")
-    return value
-
-
-def blur_sigma(value: float) -> float:
-    if finite("blur_sigma", value) < 0:
-        raise ValueError(f"blur_sigma is a standard deviation in latent pixels, 0 (no blur) or more, got {value}.")
-    return value
-
-
-def blur_kernel_size(value: int) -> int:
-    if not isinstance(value, int) or value < 1 or value % 2 == 0:
-        raise ValueError(f"blur_kernel_size must be an odd number of latent pixels, such as 9, got {value!r}.")
-    return value
-
-
-def sigma_range(value: tuple[float, float]) -> tuple[float, float]:
-    low, high = value
-    if not low <= high:
-        raise ValueError(f"sigma_range is (lowest, highest) sigma, got {value}: give ({high}, {low})?")
-    return low, high
+from ksag.parameters import described, finite
 
 
 def inner_model(value: Any) -> nn.Module:
@@ -42,26 +18,29 @@ def inner_model(value: Any) -> nn.Module:
     return value
 
 
-def call(x: Tensor, sigma: Tensor, cond: Any, uncond: Any, cond_scale: float, cond_key: str | None) -> None:
+def call(x: Any, sigma: Any, cond: Any, uncond: Any, cond_scale: Any, cond_key: str | None, kwargs: dict[str, Any]) -> None:
     """Checks what a sampler passes to `SAGDenoiser.forward`; reads shapes only, never a tensor's values."""
-    if x.ndim != 4:
-        raise ValueError(f"x must be a latent of shape (b, c, h, w), got {tuple(x.shape)}.")
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[0] == 0:
+        raise ValueError(f"x must be a latent, a tensor of shape (b, c, h, w) with b at least 1, got {described(x)}.")
     batch = x.shape[0]
-    if sigma.shape != (batch,):
+    if not isinstance(sigma, Tensor) or sigma.shape != (batch,):
         raise ValueError(
-            f"sigma must have one noise level for each of the {batch} samples, shape ({batch},), got {tuple(sigma.shape)}: "
-            f"pass sigma * x.new_ones([x.shape[0]])."
+            f"sigma must be a tensor with one noise level for each of the {batch} samples, shape ({batch},), got "
+            f"{described(sigma)}: pass sigma * x.new_ones([x.shape[0]])."
         )
     if cond is None and uncond is not None:
         raise ValueError("uncond came without cond. For an unconditional model give neither; else give both, or cond alone.")
-    if uncond is None and cond_scale != 1:
+    if uncond is None and finite("cond_scale", cond_scale) != 1:
         raise ValueError(
             f"cond_scale={cond_scale} guides cond away from uncond, and uncond is missing: pass uncond=..., or cond_scale=1."
         )
-    if cond_key is None and cond is not None and not isinstance(cond, dict):
-        raise TypeError(f"With cond_key=None, cond must be a dict of inner_model's keywords, got {type(cond).__name__}.")
+    if cond_key is None and cond is not None and not isinstance(cond, Mapping):
+        raise TypeError(f"With cond_key=None, cond must be a dict of inner_model's keywords, got {described(cond)}.")
     if cond is not None:
         conditioning.check(cond if uncond is None else uncond, cond, batch)
+        keywords = cond.keys() if cond_key is None else [cond_key]
+        if twice := sorted(kwargs.keys() & keywords):
+            raise TypeError(f"{', '.join(twice)} came twice: in cond, and as a keyword of its own. Give it once.")
 
 
 def denoised(value: Any, x: Tensor) -> Tensor:

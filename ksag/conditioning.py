@@ -1,40 +1,109 @@
-"""cond and uncond, in any nesting of dicts, lists and tuples of tensors ↔ one batch."""
+"""Conditionings, any nesting of mappings, lists and tuples of tensors ↔ one batch."""
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ksag.parameters import described
+
 Conditioning: TypeAlias = Any
-"""A tensor, batch first, or any nesting of dicts, lists and tuples of such tensors."""
+"""A tensor, batch first, or any nesting of mappings, lists, tuples and named tuples of such tensors."""
 
 
-def concatenate(uncond: Conditioning, cond: Conditioning) -> Conditioning:
-    """[uncond, cond] as one batch, with the nesting of both: (b, ...) and (b, ...) → (2b, ...), uncond first.
+def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Each leaf, all that is neither mapping, list nor tuple, and before it the place where it is.
 
-    Raises:
-        ValueError: the two differ in nesting, or in a leaf that is no tensor; the message names the place.
+    >>> list(leaves({"c_crossattn": [1.0], "scale": 2.0}))
+    [("['c_crossattn'][0]", 1.0), ("['scale']", 2.0)]
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from leaves(value, f"{place}[{key!r}]")
+    elif isinstance(tree, (list, tuple)):
+        for i, value in enumerate(tree):
+            yield from leaves(value, f"{place}[{i}]")
+    else:
+        yield place, tree
 
-    >>> both = concatenate({"c_crossattn": [torch.zeros(2, 77, 768)]}, {"c_crossattn": [torch.ones(2, 77, 768)]})
+
+def transform(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`tree` anew, with `fn(leaf, *others)` in place of every leaf, where `others` are the leaves at its place in trees of the same
+    nesting; leaf by leaf in the order of `leaves`.
+
+    >>> transform(lambda *leaves: sum(leaves), {"c_crossattn": [1.0], "scale": 2.0}, {"c_crossattn": [0.5], "scale": 1.0})
+    {'c_crossattn': [1.5], 'scale': 3.0}
+    """
+    if isinstance(tree, Mapping):
+        return _mapping(tree, {key: transform(fn, tree[key], *(other[key] for other in others)) for key in tree})
+    if isinstance(tree, (list, tuple)):
+        return _sequence(tree, [transform(fn, *values) for values in zip(tree, *others, strict=True)])
+    return fn(tree, *others)
+
+
+def _mapping(like: Mapping, values: dict) -> Mapping:
+    if type(like) is dict:
+        return values
+    if not isinstance(like, MutableMapping):
+        return type(like)(values)  # type: ignore[call-arg]
+    new = copy.copy(like)  # a defaultdict or diffusers' ModelOutput keeps what else it is
+    for key, value in values.items():
+        new[key] = value
+    return new
+
+
+def _sequence(like: Sequence, values: list) -> Sequence:
+    if type(like) is list:
+        return values
+    return like._make(values) if hasattr(like, "_make") else type(like)(values)  # type: ignore[call-arg]
+
+
+def unshared(tree: Any) -> Any:
+    """`tree` with containers of its own, and the same leaves: what a model does to them, nobody else sees."""
+    return transform(lambda leaf: leaf, tree)
+
+
+def join(*parts: Conditioning) -> Conditioning:
+    """Conditionings of one nesting as one batch, in their order: n of (b, ...) → (n b, ...).
+
+    >>> both = join({"c_crossattn": [torch.zeros(2, 77, 768)]}, {"c_crossattn": [torch.ones(2, 77, 768)]})
     >>> both["c_crossattn"][0].shape
     torch.Size([4, 77, 768])
     """
-    return _zip(lambda place, u, c: torch.cat([u, c]), "", uncond, cond)
+    return transform(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts)
 
 
-def batchable(uncond: Conditioning, cond: Conditioning) -> bool:
-    """Whether every pair of tensors agrees in all but the batch, so that `concatenate` can join them.
+def joinable(*parts: Conditioning) -> bool:
+    """Whether the tensors at each place agree in all but the batch, so that `join` can take them.
 
-    Raises:
-        ValueError: the two differ in nesting, or in a leaf that is no tensor.
-
-    >>> batchable(torch.zeros(1, 77, 768), torch.zeros(1, 154, 768))
+    >>> joinable(torch.zeros(1, 77, 768), torch.zeros(1, 154, 768))
     False
     """
-    shapes_agree = []
-    _zip(lambda place, u, c: shapes_agree.append(u.shape[1:] == c.shape[1:]), "", uncond, cond)
-    return all(shapes_agree)
+    shapes = [[leaf.shape[1:] for _, leaf in leaves(part) if isinstance(leaf, Tensor)] for part in parts]
+    return all(shape == shapes[0] for shape in shapes)
+
+
+def repeat(kwargs: dict[str, Any], batch: int, times: int, shared: Sequence[str] = ()) -> dict[str, Any]:
+    """`kwargs` for a batch of several parts: a tensor of `batch` rows is repeated, all else is left as it is.
+
+    Args:
+        kwargs: tensors, or any nesting of them.
+        batch: b, how many samples a part holds.
+        times: how many parts there are.
+        shared: names of `kwargs` that all samples share, and which are left as they are whatever their shape.
+
+    >>> kwargs = repeat({"mask": torch.zeros(2, 1, 8, 8), "table": torch.zeros(2, 9), "strength": 0.5}, 2, 3, shared=["table"])
+    >>> kwargs["mask"].shape, kwargs["table"].shape, kwargs["strength"]
+    (torch.Size([6, 1, 8, 8]), torch.Size([2, 9]), 0.5)
+    """
+
+    def repeated(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+        return torch.cat([leaf] * times) if has_rows else leaf
+
+    return {name: value if name in shared else transform(repeated, value) for name, value in kwargs.items()}
 
 
 def check(uncond: Conditioning, cond: Conditioning, batch: int) -> None:
@@ -52,82 +121,31 @@ def check(uncond: Conditioning, cond: Conditioning, batch: int) -> None:
     Traceback (most recent call last):
     ValueError: cond['text'] has shape (1, 7), but the latent is a batch of 2: ...
     """
-
-    def check_batch(place: str, u: Tensor, c: Tensor) -> None:
-        for name, tensor in ("cond", c), ("uncond", u):
-            if tensor.ndim == 0 or tensor.shape[0] != batch:
+    sides = {"uncond": dict(leaves(uncond)), "cond": dict(leaves(cond))}
+    for name, other in ("uncond", "cond"), ("cond", "uncond"):
+        for place in sides[other].keys() - sides[name].keys():
+            raise ValueError(
+                f"{other}{place} is {described(sides[other][place])}, and {name} has nothing there: both must have the same "
+                f"nesting, with the same keys and lengths."
+            )
+    for place, u in sides["uncond"].items():
+        c = sides["cond"][place]
+        if isinstance(u, Tensor) != isinstance(c, Tensor) or not (isinstance(u, Tensor) or _same(u, c)):
+            raise ValueError(
+                f"uncond{place} is {described(u)}, cond{place} is {described(c)}: tensors pair with tensors, and anything else "
+                f"must be the same on both sides."
+            )
+    for name, side in sides.items():
+        for place, leaf in side.items():
+            if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != batch):
                 raise ValueError(
-                    f"{name}{place} has shape {tuple(tensor.shape)}, but the latent is a batch of {batch}: a conditioning "
+                    f"{name}{place} has shape {tuple(leaf.shape)}, but the latent is a batch of {batch}: a conditioning "
                     f"has one row for each sample. One prompt for all of them is tensor.expand({batch}, ...)."
                 )
 
-    _zip(check_batch, "", uncond, cond)
 
-
-def repeat(kwargs: dict[str, Any], batch: int) -> dict[str, Any]:
-    """`kwargs` for a batch of [uncond, cond]: what has one row for each sample is doubled, all else is left as it is.
-
-    >>> kwargs = repeat({"mask": torch.zeros(2, 1, 8, 8), "strength": 0.5}, batch=2)
-    >>> kwargs["mask"].shape, kwargs["strength"]
-    (torch.Size([4, 1, 8, 8]), 0.5)
-    """
-
-    def double(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch else leaf
-
-    return transform(double, kwargs)
-
-
-def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Each leaf, all that is neither dict, list nor tuple, and before it the place where it is.
-
-    >>> list(leaves({"c_crossattn": [1.0], "scale": 2.0}))
-    [("['c_crossattn'][0]", 1.0), ("['scale']", 2.0)]
-    """
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from leaves(value, f"{place}[{key!r}]")
-    elif isinstance(tree, (list, tuple)):
-        for i, value in enumerate(tree):
-            yield from leaves(value, f"{place}[{i}]")
-    else:
-        yield place, tree
-
-
-def transform(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """`tree` with `fn(leaf)` in place of every leaf, in the order of `leaves`.
-
-    >>> transform(lambda leaf: leaf * 2, {"c_crossattn": [1.0], "scale": 2.0})
-    {'c_crossattn': [2.0], 'scale': 4.0}
-    """
-    if isinstance(tree, Mapping):
-        return {key: transform(fn, value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        values = [transform(fn, value) for value in tree]
-        return tuple(values) if isinstance(tree, tuple) else values
-    return fn(tree)
-
-
-def _zip(fn: Callable[[str, Tensor, Tensor], Any], place: str, u: Any, c: Any) -> Any:
-    """`fn(place, u, c)` for each pair of tensors, in the nesting that both share."""
-    if isinstance(u, Tensor) and isinstance(c, Tensor):
-        return fn(place, u, c)
-    if isinstance(u, Mapping) and isinstance(c, Mapping):
-        if u.keys() != c.keys():
-            raise ValueError(f"uncond{place} has the keys {sorted(u)}, cond{place} has {sorted(c)}: they must be the same.")
-        return {key: _zip(fn, f"{place}[{key!r}]", u[key], c[key]) for key in u}
-    if isinstance(u, (list, tuple)) and isinstance(c, (list, tuple)):
-        if len(u) != len(c):
-            raise ValueError(f"uncond{place} has {len(u)} entries, cond{place} has {len(c)}: they must be as many.")
-        pairs = [_zip(fn, f"{place}[{i}]", u[i], c[i]) for i in range(len(u))]
-        return tuple(pairs) if isinstance(u, tuple) else pairs
-    if isinstance(u, Tensor) or isinstance(c, Tensor) or (u is not c and u != c):
-        raise ValueError(
-            f"uncond{place} is {_describe(u)}, cond{place} is {_describe(c)}: tensors pair with tensors, and anything else "
-            f"must be the same on both sides."
-        )
-    return u
-
-
-def _describe(leaf: Any) -> str:
-    return f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return a is b or bool(a == b)
+    except (ValueError, TypeError, RuntimeError):  # as NumPy has it for two arrays
+        return False

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+SMALLEST_SIGMA = 0.02
+"""In latent pixels. A Gaussian as narrow as this is 1 at its centre and 0 beside it, even in float64."""
+
 
 def attention_mask(saliency: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
     """The tokens that receive more than `threshold` of attention, nearest-neighbour upsampled to the latent's size.
@@ -37,7 +40,7 @@ def gaussian_blur(x: Tensor, sigma: float, kernel_size: int) -> Tensor:
         # in half precision the rounded weights of a Gaussian would no longer sum to 1
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         t = torch.arange(-half, half + 1, device=y.device, dtype=y.dtype).expand(c, -1)
-        g = torch.softmax(t.square() * (-0.5 / sigma**2), dim=1)
+        g = torch.softmax(t.square() * (-0.5 / max(sigma, SMALLEST_SIGMA) ** 2), dim=1)
         y = F.pad(y, (half, half, half, half), mode="reflect")
         y = F.conv2d(y, g[:, None, None], groups=c)
         return F.conv2d(y, g[:, None, :, None], groups=c).to(x.dtype)

@@ -4,18 +4,21 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ksag import checks, table
-from ksag.conditioning import Conditioning, batchable, concatenate, repeat
-from ksag.degrade import attention_mask, degrade
+from ksag import cfg, checks, table
+from ksag.conditioning import Conditioning
 from ksag.graphs import CUDAGraphs
-from ksag.saliency import saliency
+from ksag.parameters import PARAMETERS, finite
+from ksag.passes import Passes
+from ksag.runs import ended_by_errors
+from ksag.sag import Guidance, self_attention_guidance
 from ksag.tap import AttentionTap
+from ksag.threads import PerThread
 from ksag.trace import Trace, TraceStep
 
 
@@ -29,7 +32,10 @@ class SAGDenoiser(nn.Module):
 
     Forward hooks on one self-attention layer see what the model attends to; nothing in `inner_model` is replaced or
     altered, and `close()`, leaving a `with` block, or dropping the wrapper removes them. Compile `inner_model` after
-    wrapping it, not before.
+    wrapping it, not before. Every parameter is an attribute that may be assigned later.
+
+    At the first guided call, and when the layer is seen to attend in another way, what the hooks read is checked against what
+    the layer computed.
 
     Hong et al., "Improving Sample Quality of Diffusion Models Using Self-Attention Guidance", ICCV 2023, arXiv:2210.00939.
 
@@ -42,11 +48,16 @@ class SAGDenoiser(nn.Module):
         mask_threshold: tokens that receive more than this many times the average attention are blurred.
         attention: the layer to look at: "middle", a dotted path in `inner_model` or in the UNet it holds, or the module.
             `ksag.list_attention(inner_model)` lists them.
-        sigma_range: (lowest, highest) sigma, in the units of the sampler's sigmas, at which SAG acts; elsewhere the
+        sigma_range: (lowest, highest) sigma, in the units of the sampler's sigmas, at which SAG acts on a sample; elsewhere its
             result is plain classifier-free guidance. Reads sigma from the device once a call if set.
+        cfg_rule: what becomes of the predictions for uncond and cond: a function of (u, g, cond_scale, x, sigma), such as those
+            in `ksag.cfg`. SAG's direction is added to what it returns.
         cond_key: the keyword under which `inner_model` takes its conditioning; None if cond is a dict of keywords.
         batch_cond: evaluate uncond and cond in one batch where their shapes allow it; False takes two passes and half
             the activation memory.
+        shared_kwargs: keywords whose tensors all samples share. In a batch of uncond and cond, any other keyword's tensor with
+            as many rows as there are samples is doubled.
+        check_attention: whether to check what is read.
 
     Raises:
         TypeError: `inner_model` is no nn.Module.
@@ -64,22 +75,31 @@ class SAGDenoiser(nn.Module):
         mask_threshold: float = 1.0,
         attention: str | nn.Module = "middle",
         sigma_range: tuple[float, float] = (0.0, math.inf),
+        cfg_rule: cfg.Rule = cfg.plain,
         cond_key: str | None = "cond",
         batch_cond: bool = True,
+        shared_kwargs: Sequence[str] = (),
+        check_attention: bool = True,
     ):
         super().__init__()
         self.inner_model = checks.inner_model(inner_model)
-        self.sag_scale = checks.finite("sag_scale", sag_scale)
-        self.blur_sigma = checks.blur_sigma(blur_sigma)
-        self.blur_kernel_size = checks.blur_kernel_size(blur_kernel_size)
-        self.mask_threshold = checks.finite("mask_threshold", mask_threshold)
-        self.sigma_range = checks.sigma_range(sigma_range)
+        self.sag_scale = sag_scale
+        self.blur_sigma = blur_sigma
+        self.blur_kernel_size = blur_kernel_size
+        self.mask_threshold = mask_threshold
+        self.sigma_range = sigma_range
+        self.cfg_rule = cfg_rule
         self.cond_key = cond_key
         self.batch_cond = batch_cond
-        self.tap = AttentionTap(inner_model, attention, reduce=saliency)
-        self._traces: list[Trace] = []
-        self._graphs: CUDAGraphs | None = None
+        self.shared_kwargs = shared_kwargs
+        self.tap = AttentionTap(inner_model, attention, check=check_attention)
+        self._passes = Passes(self.tap)
+        self._traces: PerThread[tuple[Trace, ...]] = PerThread(())
         weakref.finalize(self, self.tap.close)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Checks the parameters, here and wherever they are assigned later."""
+        super().__setattr__(name, PARAMETERS[name].check(value) if name in PARAMETERS else value)
 
     def forward(
         self,
@@ -109,72 +129,68 @@ class SAGDenoiser(nn.Module):
             ValueError, TypeError: input that does not fit together; the message says how.
             RuntimeError: the layer did not run, or the wrapper was closed.
         """
-        sag_scale = self.sag_scale if sag_scale is None else checks.finite("sag_scale", sag_scale)
-        blur_sigma = self.blur_sigma if blur_sigma is None else checks.blur_sigma(blur_sigma)
-        mask_threshold = self.mask_threshold if mask_threshold is None else checks.finite("mask_threshold", mask_threshold)
-        checks.call(x, sigma, cond, uncond, cond_scale, self.cond_key)
-
+        cond_scale = finite("cond_scale", cond_scale)
+        checks.call(x, sigma, cond, uncond, cond_scale, self.cond_key, kwargs)
+        sag_scale = self.sag_scale if sag_scale is None else PARAMETERS["sag_scale"].check(sag_scale)
+        blur_sigma = self.blur_sigma if blur_sigma is None else PARAMETERS["blur_sigma"].check(blur_sigma)
+        mask_threshold = self.mask_threshold if mask_threshold is None else PARAMETERS["mask_threshold"].check(mask_threshold)
         acts = self._acts(x, sigma, sag_scale)
+        base = cond if uncond is None else uncond
+        parts = [(x, base)] if uncond is None else [(x, uncond), (x, cond)]
 
-        # 1. The predictions, and what the model attends to on the unconditional half
-        u, g, attended = self._run(self._predict, x, sigma, cond, uncond, kwargs, acts)
+        with ended_by_errors(self.reset):
+            # 1. The predictions, and what the model attends to on the unconditional half
+            predictions, saliency = self._ask(parts, sigma, kwargs, record=acts is not False)
+            u, g = predictions[0], predictions[-1]
 
-        # 2. Classifier-free guidance
-        cfg = u + (g - u) * cond_scale
-        if not acts:
-            return cfg
+            # 2. Classifier-free guidance
+            cfg = u if uncond is None else self.cfg_rule(u, g, cond_scale, x, sigma)
+            if saliency is None:
+                return cfg
+            cfg = cfg.clone() if cfg is u or cfg is g else cfg  # the next pass may overwrite u and g
+            kept = self._copies(sigma, saliency, u)
 
-        # 3., 4. Where the model looks
-        mask = attention_mask(attended, mask_threshold, (x.shape[2], x.shape[3]))
+            # 3. to 6. Where the model looks, that taken away, and what the model makes of it under the same noise
+            guidance = self_attention_guidance(
+                u, x, saliency, lambda x: self._ask([(x, base)], sigma, kwargs)[0][0],
+                blur_sigma=blur_sigma, blur_kernel_size=self.blur_kernel_size, mask_threshold=mask_threshold,
+            )  # fmt: skip
+            self._keep_step(kept, guidance)
 
-        # 5., 6. That taken away, and what the model makes of it under the same noise
-        d = degrade(u, mask, blur_sigma, self.blur_kernel_size)
-        kept = self._copies(sigma, attended, mask, u, d)  # now, because a CUDA graph's next pass overwrites u
-        r = self._run(self._denoise, d + (x - u), sigma, cond if uncond is None else uncond, kwargs)
+            # 7. Away from it
+            guided = cfg + guidance.direction * sag_scale
+            return torch.where(acts[:, None, None, None], guided, cfg) if isinstance(acts, Tensor) else guided
 
-        # 7. Away from it
-        for steps in self._traces:
-            steps.append(TraceStep(*kept, *self._copies(r)))
-        return cfg + (d - r) * sag_scale
+    def _ask(self, parts: list, sigma: Tensor, kwargs: dict[str, Any], record: bool = False) -> tuple[list[Tensor], Tensor | None]:
+        return self._passes(
+            self.inner_model, parts, sigma, kwargs,
+            cond_key=self.cond_key, batched=self.batch_cond, shared=self.shared_kwargs, record=record,
+        )  # fmt: skip
 
-    def _run(self, model_pass: Callable, *args: Any) -> Any:
-        return model_pass(*args) if self._graphs is None else self._graphs(model_pass, *args)
-
-    def _acts(self, x: Tensor, sigma: Tensor, sag_scale: float) -> bool:
-        """Whether this call is guided: an interval must hold all of sigma, and the blur reflect at every border."""
-        if sag_scale == 0 or min(x.shape[2:]) <= self.blur_kernel_size // 2:
+    def _acts(self, x: Tensor, sigma: Tensor, sag_scale: float) -> bool | Tensor:
+        """Whether SAG acts, or on which samples, (b,)."""
+        if sag_scale == 0 or min(x.shape[2:]) <= self.blur_kernel_size // 2:  # the blur reflects at every border
             return False
         if self.tap.closed:
             raise RuntimeError("This SAGDenoiser was closed, so it no longer sees what the model attends to. Make a new one.")
         low, high = self.sigma_range
-        return (low, high) == (0.0, math.inf) or bool(((low <= sigma) & (sigma <= high)).all())
+        if (low, high) == (0.0, math.inf):
+            return True
+        inside = (low <= sigma) & (sigma <= high)
+        return inside if bool(inside.any()) else False
 
-    def _predict(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, uncond: Conditioning, kwargs: dict[str, Any], acts: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """u, g, and the saliency of u's pass if SAG acts. One batch if uncond and cond can be batched; without uncond, g is u."""
-        b = x.shape[0]
-        batched = uncond is not None and self.batch_cond and batchable(uncond, cond)
-        with self.tap.recording(rows=b if acts else 0) as seen:
-            if batched:
-                both = self._denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), concatenate(uncond, cond), repeat(kwargs, b))
-                u, g = both.chunk(2)  # the tap sees the first rows
-            else:
-                u = g = self._denoise(x, sigma, cond if uncond is None else uncond, kwargs)
-        attended = seen.map() if acts else None
-        if uncond is not None and not batched:
-            # A CUDA graph's next pass overwrites what this one returned
-            u, attended = u.clone(), None if attended is None else attended.clone()
-            g = self._denoise(x, sigma, cond, kwargs)
-        return u, g, attended
+    def reset(self) -> None:
+        """Begins a run at this thread's next call, for a `cfg_rule` that keeps something from call to call.
 
-    def _denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning, kwargs: dict[str, Any]) -> Tensor:
-        conditioning = {} if cond is None else cond if self.cond_key is None else {self.cond_key: cond}
-        return checks.denoised(self.inner_model(x, sigma, **conditioning, **kwargs), x)
+        A run begins by itself where sigma rises to more than 1.5 times its last value, at another shape, dtype or device, and after
+        an error inside a call. One that was given up between two calls cannot be seen from inside.
+        """
+        if hasattr(self.cfg_rule, "reset"):
+            self.cfg_rule.reset()
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[Trace]:
-        """Keeps what every guided call inside the block computes.
+        """Keeps what every guided call of this thread computes inside the block.
 
             with guided.trace() as steps:
                 K.sampling.sample_euler(guided, x, sigmas)
@@ -182,15 +198,22 @@ class SAGDenoiser(nn.Module):
 
         A call that is not guided (`sag_scale` 0, outside `sigma_range`) leaves no step.
         """
-        steps = Trace()
-        self._traces.append(steps)
+        before, steps = self._traces.get(), Trace()
+        self._traces.set((*before, steps))
         try:
             yield steps
         finally:
-            self._traces = [trace for trace in self._traces if trace is not steps]
+            self._traces.set(before)
 
     def _copies(self, *values: Tensor) -> list[Tensor]:
-        return [value.detach().to("cpu", copy=True) for value in values] if self._traces else []
+        return [value.detach().to("cpu", copy=True) for value in values] if self._traces.get() else []
+
+    def _keep_step(self, kept: list[Tensor], guidance: Guidance) -> None:
+        if traces := self._traces.get():
+            sigma, saliency, u = kept
+            mask, d, r = self._copies(*guidance)
+            for steps in traces:
+                steps.append(TraceStep(sigma, saliency, mask, u, d, r))
 
     def use_cuda_graphs(self, limit: int = 8) -> "SAGDenoiser":
         """From now on, replays the model's passes as CUDA graphs: the step is no longer bound by the host's kernel launches.
@@ -201,13 +224,13 @@ class SAGDenoiser(nn.Module):
         The first call with new shapes, dtypes or keywords captures its two passes, in about a second (a compiled model compiles
         first); every later one replays them, under any sampler, `sigma_range` and `trace()`. cond_scale, sag_scale,
         blur_sigma and mask_threshold may change freely. Conditionings are copied in only when they change. Weights may
-        change in place; after any other change to the model (a LoRA, another attention processor, torch.compile), call this
-        again. A call with gradients enabled, or on the CPU, runs as without. Each thread captures for itself. `close()`
-        frees the graphs and their memory.
+        change in place; after any other change to the model (a LoRA, another attention processor), call this again. A call with
+        gradients enabled, or on the CPU, runs as without. Each thread captures for itself. `close()` frees the graphs and their
+        memory.
 
         Args:
-            limit: graphs kept. A guided step takes two, one more where `sigma_range` or `sag_scale` 0 leave SAG out; the least
-                recently used beyond that are dropped, with a warning.
+            limit: graphs kept for each thread. A guided step takes two, one more where `sigma_range` or `sag_scale` 0 leave SAG
+                out; the least recently used beyond that are dropped, with a warning.
 
         Returns:
             This wrapper.
@@ -221,13 +244,13 @@ class SAGDenoiser(nn.Module):
             raise ValueError(f"limit must be 2 or more, since a guided step replays two graphs, got {limit}.")
         if next((p.device.type for p in self.inner_model.parameters()), "cpu") != "cuda":
             warnings.warn("use_cuda_graphs: inner_model is not on a CUDA device, so it runs as without.", stacklevel=2)
-        self._graphs = CUDAGraphs(self.inner_model, limit)
+        self._passes.graphs = CUDAGraphs(self.inner_model, limit)
         return self
 
     def close(self) -> None:
         """Removes every hook from `inner_model`. What is left still does plain guidance at `sag_scale` 0."""
         self.tap.close()
-        self._graphs = None
+        self._passes.graphs = None
 
     def __enter__(self) -> "SAGDenoiser":
         return self
@@ -236,14 +259,17 @@ class SAGDenoiser(nn.Module):
         self.close()
 
     def _settings(self) -> dict[str, Any]:
-        names = ("sag_scale", "blur_sigma", "blur_kernel_size", "mask_threshold", "sigma_range", "cond_key", "batch_cond")
-        return {"attention": self.tap.path, **{name: getattr(self, name) for name in names}}
+        settings = {name: getattr(self, name) for name in PARAMETERS}
+        return {"attention": self.tap.path, **settings, "cfg_rule": cfg.name_of(self.cfg_rule)}
+
+    def _state(self) -> str:
+        return "closed" if self.tap.closed else "checked" if self.tap.checked else "not checked yet"
 
     def __repr__(self) -> str:
         parameters = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
-        return f"SAGDenoiser({type(self.inner_model).__name__}, {parameters}{', closed' if self.tap.closed else ''})"
+        return f"SAGDenoiser({type(self.inner_model).__name__}, {parameters}; attention {self._state()})"
 
     def _repr_html_(self) -> str:
-        title = ["SAGDenoiser", "closed" if self.tap.closed else ""]
         cells = {"inner_model": type(self.inner_model).__name__, **self._settings()}
-        return table.as_html([title, *([name, str(value)] for name, value in cells.items())])
+        rows = ([name, value if isinstance(value, str) else repr(value)] for name, value in cells.items())
+        return table.as_html([["SAGDenoiser", f"attention {self._state()}"], *rows])

@@ -5,7 +5,6 @@ explore(guided, (3, 32, 32), sigmas, classes=ksag.zoo.CLASSES, conditioning=ksag
 """
 
 import atexit
-import copy
 import html
 import io
 import math
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ksag.conditioning import Conditioning
 from ksag.denoiser import SAGDenoiser
+from ksag.parameters import PER_CALL
 from ksag.picture import overlay, to_image
 from ksag.samplers import SAMPLERS, sample
 
@@ -48,7 +48,7 @@ class Settings:
 
     def guidance(self) -> dict[str, float]:
         """The part that goes into a sampler's extra_args."""
-        names = ("cond_scale", "sag_scale", "blur_sigma", "mask_threshold")
+        names = ("cond_scale", *PER_CALL)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -98,26 +98,23 @@ class Session:
             if not settings.classes:
                 raise ValueError("No class is chosen, so there is nothing to sample. Choose one, or several with Ctrl or Shift.")
             args["cond"], args["uncond"] = self.conditioning(self.names(settings))
-        # With traces of its own: what another widget, or a cell, samples meanwhile with this wrapper is no part of this run
-        guided = copy.copy(self.guided)
-        guided._traces = []
-
-        without = replace(settings, sag_scale=0.0, blur_sigma=0.0, mask_threshold=0.0)
+        of_sag: dict[str, Any] = dict.fromkeys(PER_CALL, 0.0)
+        without = replace(settings, **of_sag)
         if self._plain is None or self._plain[0] != without:
-            self._plain = without, self._sample(guided, settings, {**args, "sag_scale": 0.0}, "plain", report)
-        with guided.trace() as steps:
-            pixels = self._sample(guided, settings, args, "with SAG", report)
+            self._plain = without, self._sample(settings, {**args, "sag_scale": 0.0}, "plain", report)
+        with self.guided.trace() as steps:
+            pixels = self._sample(settings, args, "with SAG", report)
 
         masks = [step.mask for step in steps] or [torch.zeros(len(pixels), 1, *self.shape[1:])]
         return Result(settings, self._plain[1], pixels, torch.stack(masks).mean(0))
 
-    def _sample(self, guided: SAGDenoiser, settings: Settings, args: dict[str, Any], name: str, report: Report) -> Tensor:
+    def _sample(self, settings: Settings, args: dict[str, Any], name: str, report: Report) -> Tensor:
         def step(info: dict[str, Any]) -> None:
             # by sigma, because not every sampler takes a step for each of the sigmas
             report(name, float((self.sigmas[:-1] >= float(info["sigma"])).float().mean()))
 
         report(name, 0.0)
-        x = sample(settings.sampler, guided, self.shape, self.sigmas, self.seeds(settings), args, step)
+        x = sample(settings.sampler, self.guided, self.shape, self.sigmas, self.seeds(settings), args, step)
         pixels = x if self.decode is None else self.decode(x)
         if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
             raise ValueError(f"decode must return pixels (b, 1 or 3, H, W), got {tuple(pixels.shape)} for {tuple(x.shape)}.")

@@ -4,6 +4,7 @@ graphs = CUDAGraphs(model, limit=8)
 graphs(function, x, {"cond": c})  # what function(x, {"cond": c}) gives, in one launch
 """
 
+import inspect
 import threading
 import warnings
 import weakref
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ksag.conditioning import leaves, transform
 
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-_capturing = threading.Lock()  # CUDA allows one capture at a time; nor may a thread drop what another is looking up
+_capturing = threading.Lock()  # CUDA allows one capture at a time
 
 
 def _signature(place: str, leaf: Any) -> Hashable:
@@ -26,8 +27,8 @@ def _signature(place: str, leaf: Any) -> Hashable:
     if isinstance(leaf, CONSTANTS):
         return place, type(leaf), leaf
     raise TypeError(
-        f"An argument of inner_model{place} is a {type(leaf).__name__}, and a CUDA graph would not see it change. Pass tensors, "
-        f"numbers and strings, or sample without use_cuda_graphs()."
+        f"inner_model is given a {type(leaf).__name__} as {place}, and a CUDA graph would not see it change. Pass tensors, numbers "
+        f"and strings, or sample without use_cuda_graphs()."
     )
 
 
@@ -98,6 +99,16 @@ class _Captured:
         return self.outputs
 
 
+class _Kept(threading.local):
+    """A thread's graphs, gone when it ends."""
+
+    def __init__(self) -> None:
+        self.captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self.lanes: weakref.WeakValueDictionary[Hashable, _Lane] = weakref.WeakValueDictionary()
+        self.weights: list[Tensor] = []
+        self.pointers: list[int] = []
+
+
 class CUDAGraphs:
     """Replays functions of `model` in place of running them.
 
@@ -110,53 +121,57 @@ class CUDAGraphs:
 
     Args:
         model: its weights may change in place; where one was moved, all is captured anew.
-        limit: captures kept; one more drops the least recently used, with a warning.
+        limit: captures kept for each thread; one more drops the least recently used, with a warning.
     """
 
     def __init__(self, model: nn.Module, limit: int):
         self.model, self.limit = model, limit
-        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._lanes: weakref.WeakValueDictionary[Hashable, _Lane] = weakref.WeakValueDictionary()
-        self._weights: list[Tensor] = []
-        self._pointers: list[int] = []
+        self._kept = _Kept()
 
     def __len__(self) -> int:
-        return len(self._captured)
+        return len(self._kept.captured)
 
     def __call__(self, function: Callable, *args: Any) -> Any:
+        """`function(*args)`; two functions are the same if they are equal, and the first argument is a tensor."""
         if torch.is_grad_enabled() or not _on_cuda(args[0]):
             return function(*args)
+        kept = self._kept
+        if list(map(Tensor.data_ptr, kept.weights)) != kept.pointers:
+            kept.captured.clear()
         device = args[0].device
-        places = list(leaves(args))
+        names = inspect.signature(function).parameters
+        places = [(f"{name}{place}", leaf) for name, arg in zip(names, args, strict=True) for place, leaf in leaves(arg)]
         autocast = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
-        where = device, threading.get_ident(), torch.cuda.current_stream(device).cuda_stream
-        key = function.__name__, where, autocast, tuple(_signature(place, leaf) for place, leaf in places)
-        with _capturing:
-            if list(map(Tensor.data_ptr, self._weights)) != self._pointers:
-                self._captured.clear()
-            captured = self._captured.get(key)
-            if captured is None:
-                captured = self._captured[key] = self._capture(function, args, where, autocast)
-                self._drop_oldest()
-            self._captured.move_to_end(key)
+        stream = device, torch.cuda.current_stream(device).cuda_stream
+        key = function, stream, autocast, tuple(_signature(place, leaf) for place, leaf in places)
+        captured = kept.captured.get(key)
+        if captured is None:
+            with _capturing:
+                captured = kept.captured[key] = self._capture(function, args, stream, autocast)
+            self._drop_oldest()
+        kept.captured.move_to_end(key)
         return captured.replay([leaf for _, leaf in places if isinstance(leaf, Tensor)])
 
-    def _capture(self, function: Callable, args: tuple, where: tuple, autocast: tuple[torch.dtype, bool]) -> _Captured:
-        if not self._captured:
-            self._weights = [*self.model.parameters(), *self.model.buffers()]
-            self._pointers = list(map(Tensor.data_ptr, self._weights))
+    def _capture(self, function: Callable, args: tuple, stream: tuple, autocast: tuple[torch.dtype, bool]) -> _Captured:
+        kept = self._kept
+        if not kept.captured:
+            kept.weights = [*self.model.parameters(), *self.model.buffers()]
+            kept.pointers = list(map(Tensor.data_ptr, kept.weights))
         # Inference tensors could not be filled outside inference mode, and a cached cast would live in the graph's memory
-        with torch.cuda.device(where[0]), torch.inference_mode(False), torch.no_grad():
-            lane = self._lanes.get(where) or _Lane()
-            self._lanes[where] = lane
-            with torch.autocast(where[0].type, *autocast, cache_enabled=False):
+        with torch.cuda.device(stream[0]), torch.inference_mode(False), torch.no_grad():
+            lane = kept.lanes.get(stream) or _Lane()
+            kept.lanes[stream] = lane
+            with torch.autocast(stream[0].type, *autocast, cache_enabled=False):
                 return _Captured(function, args, lane)
 
     def _drop_oldest(self) -> None:
-        if len(self._captured) > self.limit:
-            self._captured.popitem(last=False)
+        if len(self._kept.captured) > self.limit:
+            self._kept.captured.popitem(last=False)
             warnings.warn(
                 f"More than {self.limit} CUDA graphs were needed, and the least recently used one was dropped: capturing it again "
                 f"takes time. Sample fewer different shapes and keywords, or raise the limit: use_cuda_graphs(limit=...).",
                 stacklevel=2,
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CUDAGraphs, (self.model, self.limit)

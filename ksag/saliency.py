@@ -1,6 +1,7 @@
 """Queries and keys → how much attention each token receives, without ever holding the whole attention matrix."""
 
-import functools
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,11 +14,45 @@ A chunk has at least one query of each sample and head; in a large batch of larg
 """
 
 
-def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:
+def attention(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> list[Callable[[], Tensor]]:
+    """softmax(q kᵀ · scale) in float32, autocast or not, in chunks of queries.
+
+    Args:
+        q: queries, (b, heads, tokens, dim).
+        k: keys, (b, heads, keys, dim).
+        scale: what the layer multiplies q kᵀ by, as a rule dim ** -0.5.
+        mask: as `F.scaled_dot_product_attention` takes it: of a shape that broadcasts to (b, heads, tokens, keys), True where a
+            query attends to a key, or a number that is added to the logit.
+
+    Returns:
+        For each chunk, in order, a function that computes it: (b, heads, chunk, keys).
+    """
+    b, heads, tokens, _ = q.shape
+    keys = k.shape[2]
+    size = max(1, MAX_LOGITS // (b * heads * keys))
+    with torch.autocast(q.device.type, enabled=False):
+        # flat, for bmm: matmul would copy those of a batch again for each chunk
+        q, k = (x.to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1) for x in (q, k))
+        q, k = q * scale, k.mT
+    rows = q.split(size, dim=1)
+    masks = [None] * len(rows) if mask is None else mask.expand(b, heads, tokens, keys).split(size, dim=2)
+    return [partial(_softmax, q, k, mask, (b, heads)) for q, mask in zip(rows, masks, strict=True)]
+
+
+def _softmax(q: Tensor, k: Tensor, mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    with torch.autocast(q.device.type, enabled=False):
+        logits = torch.bmm(q, k).unflatten(0, shape)
+        if mask is None:
+            return logits.softmax(dim=-1)
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        return logits.softmax(dim=-1).nan_to_num(0.0)  # of a query that attends to nothing
+
+
+def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0, mask: Tensor | None = None) -> Tensor:
     """How much attention each key token receives: the mean over heads and the sum over queries of softmax(q kᵀ · scale).
 
     Its mean over tokens is 1, so that a token above 1 is looked at more than the average one (Hong et al. 2023,
-    arXiv:2210.00939, section 4.3). The softmax is taken in float32, autocast or not, over chunks of queries.
+    arXiv:2210.00939, section 4.3).
 
     Args:
         q: queries, (b, heads, tokens, dim).
@@ -25,22 +60,17 @@ def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0) -> Tensor:
         scale: what the layer multiplies q kᵀ by, as a rule dim ** -0.5.
         memory: how many keys, the first ones, are no tokens of the image: they take part in the softmax, and what the
             tokens receive of it is scaled to a mean of 1 again.
+        mask: as `F.scaled_dot_product_attention` takes it, or None.
 
     Returns:
         (b, tokens), float32.
     """
-    b, heads, queries, _ = q.shape
-    tokens = k.shape[2]
-    with torch.autocast(q.device.type, enabled=False):
-        # flat, for bmm: matmul would copy those of a batch again for each chunk
-        q, k = (x.to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1) for x in (q, k))
-        q, keys = q * scale, k.mT
-        chunks = q.split(max(1, MAX_LOGITS // (b * heads * tokens)), dim=1)
-        # in one expression, so that a chunk is freed before the next one is made
-        received = functools.reduce(
-            torch.add, (torch.bmm(rows, keys).softmax(dim=-1).unflatten(0, (b, heads)).sum(dim=(1, 2)) for rows in chunks)
-        )
+    heads, queries = q.shape[1:3]
+    first, *others = attention(q, k, scale, mask)
+    received = first().sum(dim=(1, 2))
+    for chunk in others:
+        received = received + chunk().sum(dim=(1, 2))
     if memory:
         received = received[:, memory:]
         return received / received.mean(dim=1, keepdim=True)
-    return received * (tokens / (queries * heads))
+    return received * (k.shape[2] / (queries * heads))

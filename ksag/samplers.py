@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ksag.denoiser import SAGDenoiser
+
 SAMPLERS = (
     "euler", "euler_ancestral", "heun", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive",
     "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde",
@@ -76,6 +78,8 @@ def sample(
 
     function = getattr(K.sampling, f"sample_{sampler}")
     parameters = inspect.signature(function).parameters
+    if isinstance(model, SAGDenoiser):
+        model.reset()  # a run before may have been given up
     rngs = generators(seeds)
     x = randn(shape, rngs, sigmas.device) * sigmas[0]
     options: dict[str, Any] = {"extra_args": extra_args, "callback": callback, "disable": True}

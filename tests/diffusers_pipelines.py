@@ -5,15 +5,19 @@ import json
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tests.conftest import randomise
+from tests.models import randomise
 
 
 def scheduler(**options):
@@ -50,13 +54,36 @@ def sdxl_unet():
     )  # fmt: skip
 
 
-def vae():
+def vae(**options):
     torch.manual_seed(1)
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"), up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(16, 16), norm_num_groups=8, latent_channels=4, sample_size=16,
+        block_out_channels=(16, 16), norm_num_groups=8, latent_channels=4, sample_size=16, **options,
     )  # fmt: skip
     return randomise(model)
+
+
+def controlnet():
+    torch.manual_seed(3)
+    return randomise(ControlNetModel.from_unet(unet(), conditioning_embedding_out_channels=(16, 32)))
+
+
+def t2i_adapter():
+    torch.manual_seed(4)
+    return randomise(T2IAdapter(channels=[32, 64], num_res_blocks=1, downscale_factor=2))
+
+
+def ip_adapter(model, picture_dim=16):
+    """The weights of an IP-Adapter for this UNet, in the form of its files: four tokens of the picture's embedding."""
+    torch.manual_seed(5)
+    width = model.config.cross_attention_dim
+    cross = [module for name, module in model.named_modules() if name.endswith("attn2")]
+    tokens = {
+        f"{2 * i + 1}.to_{part}_ip.weight": torch.randn(attn.inner_dim, width) for i, attn in enumerate(cross) for part in "kv"
+    }
+    projection = {"proj.weight": torch.randn(4 * width, picture_dim), "proj.bias": torch.randn(4 * width)}
+    norm = {"norm.weight": torch.rand(width), "norm.bias": torch.randn(width)}
+    return {"image_proj": projection | norm, "ip_adapter": tokens}
 
 
 def text_encoder(cls=CLIPTextModel):
@@ -84,11 +111,11 @@ def through_disk(pipe, folder):
     return pipe
 
 
-def stable_diffusion(folder, unet_options=None, scheduler_options=None, cls=StableDiffusionPipeline):
+def stable_diffusion(folder, unet_options=None, scheduler_options=None, cls=StableDiffusionPipeline, **parts):
     pipe = cls(
         vae=vae(), text_encoder=text_encoder(), tokenizer=tokenizer(folder / "words"), unet=unet(**(unet_options or {})),
         scheduler=scheduler(**(scheduler_options or {})), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
+        requires_safety_checker=False, **parts,
     )  # fmt: skip
     return through_disk(pipe, folder / "pipe")
 
@@ -97,10 +124,24 @@ def stable_diffusion_inpainting(folder):
     return stable_diffusion(folder, {"in_channels": 9}, cls=StableDiffusionInpaintPipeline)
 
 
-def stable_diffusion_xl(folder):
+def stable_diffusion_with_controlnet(folder):
+    return stable_diffusion(folder, cls=StableDiffusionControlNetPipeline, controlnet=controlnet())
+
+
+def stable_diffusion_with_t2i_adapter(folder):
+    return stable_diffusion(folder, cls=StableDiffusionAdapterPipeline, adapter=t2i_adapter())
+
+
+def stable_diffusion_with_ip_adapter(folder):
+    pipe = stable_diffusion(folder)
+    pipe.load_ip_adapter(ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    return pipe
+
+
+def stable_diffusion_xl(folder, vae_options=None):
     words = tokenizer(folder / "words")
     pipe = StableDiffusionXLPipeline(
-        vae=vae(), text_encoder=text_encoder(), text_encoder_2=text_encoder(CLIPTextModelWithProjection), tokenizer=words,
-        tokenizer_2=words, unet=sdxl_unet(), scheduler=scheduler(), add_watermarker=False,
+        vae=vae(**(vae_options or {})), text_encoder=text_encoder(), text_encoder_2=text_encoder(CLIPTextModelWithProjection),
+        tokenizer=words, tokenizer_2=words, unet=sdxl_unet(), scheduler=scheduler(), add_watermarker=False,
     )  # fmt: skip
     return through_disk(pipe, folder / "pipe")

@@ -6,58 +6,16 @@ import threading
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 import ksag
 from ksag.attention import find_attention
-from ksag.saliency import saliency
 from ksag.tap import AttentionTap
-from tests.conftest import inputs, make_denoiser, randomise
-
-
-def compvis_unet():
-    torch.manual_seed(0)
-    return randomise(
-        UNetModel(
-            image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1, attention_resolutions=[1, 2],
-            channel_mult=[1, 2], num_heads=2, use_spatial_transformer=True, transformer_depth=1, context_dim=64,
-        )
-    )  # fmt: skip
-
-
-def diffusers_unet():
-    torch.manual_seed(0)
-    return randomise(
-        UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=64,
-            attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )
-    )  # fmt: skip
-
-
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-class WatchSoftmax(torch.overrides.TorchFunctionMode):
-    """CompVis's CrossAttention takes a softmax of (b heads, queries, keys), which is the attention itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.results = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax):
-            self.results.append(out)
-        return out
+from tests.models import compvis_unet, conditional, hooks, inputs, make_denoiser, seeded
 
 
 def test_list_attention_leaves_out_cross_attention():
     # The text's width is the middle's own, so that nothing but its name or flag tells the one from the other
-    for model in compvis_unet(), diffusers_unet():
+    for model in seeded(compvis_unet), seeded(conditional):
         paths = [layer.path for layer in ksag.list_attention(model)]
         assert len(paths) >= 3 and all(path.endswith("attn1") for path in paths)
     assert ksag.list_attention(make_denoiser())[0] == (
@@ -85,7 +43,7 @@ def test_attention_is_named_by_path_from_anywhere_or_by_module(denoiser):
 )
 def test_a_wrong_name_gets_the_nearest_candidates(denoiser, attention, message):
     with pytest.raises(ValueError, match=message):
-        AttentionTap(denoiser, attention, reduce=saliency)
+        AttentionTap(denoiser, attention)
     assert hooks(denoiser) == 0
 
 
@@ -97,32 +55,32 @@ def test_no_self_attention_lists_what_looks_like_it():
 
 def test_no_middle_lists_what_there_is():
     with pytest.raises(ValueError, match=r"No self-attention found in the middle.*'attentions.0.transformer_blocks.0.attn1'"):
-        ksag.SAGDenoiser(diffusers_unet().down_blocks[0])
+        ksag.SAGDenoiser(seeded(conditional).down_blocks[0])
 
 
 def test_cross_attention_is_refused():
     with pytest.raises(ValueError, match="CrossAttention, not a self-attention layer"):
-        ksag.SAGDenoiser(compvis_unet(), attention="middle_block.1.transformer_blocks.0.attn2")
+        ksag.SAGDenoiser(seeded(compvis_unet), attention="middle_block.1.transformer_blocks.0.attn2")
 
 
 def test_only_the_first_rows_are_recorded_however_the_batch_is_chunked(denoiser):
     x, sigma, cond, _ = inputs(4)
-    tap = AttentionTap(denoiser, "middle", reduce=saliency)
+    tap = AttentionTap(denoiser, "middle")
     with tap.recording(rows=3) as whole:
         denoiser(x, sigma, mapping_cond=cond)
     with tap.recording(rows=3) as chunked:
         for i in range(0, 4, 2):
             denoiser(x[i : i + 2], sigma[i : i + 2], mapping_cond=cond[i : i + 2])
-    assert whole.map().shape == (3, 8, 12)
-    torch.testing.assert_close(chunked.map(), whole.map(), rtol=1e-4, atol=1e-5)
+    assert whole.saliency().shape == (3, 8, 12)
+    torch.testing.assert_close(chunked.saliency(), whole.saliency(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_that_does_not_run_is_an_error(denoiser):
-    tap = AttentionTap(denoiser, "middle", reduce=saliency)
+    tap = AttentionTap(denoiser, "middle")
     with tap.recording(rows=2) as seen:
         pass
     with pytest.raises(RuntimeError, match="ran for 0 of the latent's 2 samples"):
-        seen.map()
+        seen.saliency()
 
 
 def test_hooks_record_nothing_outside_a_recording_and_leave_no_trace(denoiser):
@@ -140,7 +98,7 @@ def test_hooks_record_nothing_outside_a_recording_and_leave_no_trace(denoiser):
 
 def test_an_error_in_the_middle_of_a_pass_leaves_nothing_recording(denoiser):
     x, sigma, cond, _ = inputs()
-    tap = AttentionTap(denoiser, "middle", reduce=saliency)
+    tap = AttentionTap(denoiser, "middle")
     fail = denoiser.inner_model.u_net.u_blocks[0].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), tap.recording(rows=2):
         denoiser(x, sigma, mapping_cond=cond)

@@ -8,9 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import ksag
 from ksag.adapters.diffusers import denoiser as as_denoiser
 from ksag.samplers import sample
-from tests.conftest import inputs, make_denoiser
 from tests.diffusers_pipelines import scheduler
 from tests.diffusers_pipelines import unet as make_unet
+from tests.models import inputs, make_denoiser
 
 
 @pytest.fixture(autouse=True)

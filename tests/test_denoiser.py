@@ -1,4 +1,5 @@
 import math
+import threading
 
 import k_diffusion as K
 import pytest
@@ -7,8 +8,7 @@ from torch import nn
 
 import ksag
 from tests import reference
-from tests.conftest import inputs
-from tests.test_attention import compvis_unet, diffusers_unet, hooks
+from tests.models import compvis_unet, conditional, hooks, inputs, make_denoiser, seeded
 
 
 def wrap(denoiser, *args, **kwargs):
@@ -57,7 +57,7 @@ def test_compvis_eps_model():
         def apply_model(self, x, t, cond):
             return self.unet(x, t, cond["c_crossattn"][0])
 
-    denoiser = K.external.CompVisDenoiser(LatentDiffusion(compvis_unet()), quantize=True)
+    denoiser = K.external.CompVisDenoiser(LatentDiffusion(seeded(compvis_unet)), quantize=True)
     x, sigma = torch.randn(2, 4, 10, 12) * 4, torch.full((2,), 4.0)
     cond, uncond = ({"c_crossattn": [torch.randn(2, 7, 64)]} for _ in range(2))
     guided = ksag.SAGDenoiser(denoiser, 0.8, 2.0)
@@ -75,7 +75,7 @@ def test_diffusers_unet_with_a_dict_of_keywords():
         def get_eps(self, *args, **kwargs):
             return self.inner_model(*args, **kwargs).sample
 
-    unet = diffusers_unet()
+    unet = seeded(conditional)
     denoiser = Eps(unet, torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0), quantize=True)
     x, sigma = torch.randn(2, 4, 10, 12) * 4, torch.full((2,), 4.0)
     cond, uncond = torch.randn(2, 7, 64), torch.randn(2, 7, 64)
@@ -190,7 +190,7 @@ def test_77_against_154_tokens_equals_each_on_its_own():
     class Eps(nn.Module):
         def __init__(self):
             super().__init__()
-            self.unet = compvis_unet()
+            self.unet = seeded(compvis_unet)
             self.tokens = []
 
         def forward(self, x, sigma, cond):
@@ -213,8 +213,6 @@ def test_unknown_keywords_go_to_every_call_with_a_row_per_sample():
         def forward(self, x, sigma, *, bias, flag, **kwargs):
             assert flag == "on" and bias.shape[0] == x.shape[0]
             return super().forward(x, sigma, **kwargs) + bias
-
-    from tests.conftest import make_denoiser
 
     x, sigma, cond, uncond = inputs()
     bias = torch.randn(2, 1, 1, 1)
@@ -247,8 +245,6 @@ def test_autocast_around_the_call(denoiser):
 
 
 def test_gradients_flow_through_all_of_it():
-    from tests.conftest import make_denoiser
-
     denoiser = make_denoiser().double()
     x, sigma, cond, uncond = (t.double() for t in inputs(1, (8, 8)))
     guided = wrap(denoiser, blur_kernel_size=5)
@@ -311,8 +307,10 @@ def test_a_wrapper_shows_its_model_and_parameters(denoiser):
         assert shown.startswith("SAGDenoiser(Denoiser, attention='inner_model.u_net.d_blocks.1.2', sag_scale=0.75, ")
         assert "<tr><td>inner_model</td><td>Denoiser</td></tr>" in guided._repr_html_()
         assert "<tr><td>sag_scale</td><td>0.75</td></tr>" in guided._repr_html_()
-        assert "closed" not in shown + guided._repr_html_()
-    assert repr(guided).endswith(", closed)") and "<th>closed</th>" in guided._repr_html_()
+        assert shown.endswith("; attention not checked yet)") and "<th>attention not checked yet</th>" in guided._repr_html_()
+        guided(*inputs()[:2])
+        assert repr(guided).endswith("; attention checked)")
+    assert repr(guided).endswith("; attention closed)") and "<th>attention closed</th>" in guided._repr_html_()
 
 
 def test_close_and_with_remove_every_hook(denoiser):
@@ -336,13 +334,13 @@ def test_state_dict_is_the_inner_models(denoiser):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"sag_scale": math.nan}, ValueError, "sag_scale must be a finite number, got nan"),
+        ({"sag_scale": math.nan}, ValueError, "sag_scale must be a number, got nan"),
         ({"sag_scale": math.inf}, ValueError, "sag_scale must be a finite number, got inf"),
-        ({"blur_sigma": math.nan}, ValueError, "blur_sigma must be a finite number, got nan"),
+        ({"blur_sigma": math.nan}, ValueError, "blur_sigma must be a number, got nan"),
         ({"blur_sigma": -1.0}, ValueError, "0 .no blur. or more, got -1.0"),
-        ({"blur_kernel_size": 8}, ValueError, "odd number of latent pixels, such as 9, got 8"),
+        ({"blur_kernel_size": 8}, ValueError, "odd number of latent pixels, such as 9, got the int 8"),
         ({"blur_kernel_size": 0}, ValueError, "odd number"),
-        ({"mask_threshold": math.nan}, ValueError, "mask_threshold must be a finite number"),
+        ({"mask_threshold": math.nan}, ValueError, "mask_threshold must be a number"),
         ({"sigma_range": (5.0, 1.0)}, ValueError, r"\(lowest, highest\) sigma, got \(5.0, 1.0\)"),
         ({"sigma_range": (math.nan, 1.0)}, ValueError, "sigma_range"),
     ],
@@ -356,14 +354,18 @@ def test_bad_parameters(denoiser, options, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": torch.zeros(2, 3, 16)}, ValueError, r"x must be a latent of shape \(b, c, h, w\), got \(2, 3, 16\)"),
-        ({"sigma": torch.ones(3)}, ValueError, r"each of the 2 samples, shape \(2,\), got \(3,\)"),
-        ({"sigma": torch.tensor(1.0)}, ValueError, r"got \(\)"),
+        (
+            {"x": torch.zeros(2, 3, 16)},
+            ValueError,
+            r"x must be a latent, a tensor of shape \(b, c, h, w\) .*got a tensor of shape \(2, 3, 16\)",
+        ),
+        ({"sigma": torch.ones(3)}, ValueError, r"each of the 2 samples, shape \(2,\), got a tensor of shape \(3,\)"),
+        ({"sigma": torch.tensor(1.0)}, ValueError, r"got a tensor of shape \(\)"),
         ({"uncond": torch.zeros(3, 10)}, ValueError, r"uncond has shape \(3, 10\), but the latent is a batch of 2"),
-        ({"uncond": [torch.zeros(2, 10)]}, ValueError, "must be the same on both sides"),
+        ({"uncond": [torch.zeros(2, 10)]}, ValueError, "both must have the same nesting"),
         ({"uncond": None, "cond_scale": 7.5}, ValueError, "cond_scale=7.5 .* uncond is missing"),
         ({"cond": None}, ValueError, "uncond came without cond"),
-        ({"sag_scale": math.nan}, ValueError, "sag_scale must be a finite number, got nan"),
+        ({"sag_scale": math.nan}, ValueError, "sag_scale must be a number, got nan"),
         ({"blur_sigma": math.inf}, ValueError, "blur_sigma must be a finite number, got inf"),
         ({"blur_sigma": -0.5}, ValueError, "got -0.5"),
     ],
@@ -387,42 +389,99 @@ def test_an_inner_model_that_raises_leaves_nothing_recording(denoiser):
         with pytest.raises(ZeroDivisionError):
             guided(x, sigma, cond=cond, uncond=uncond)
         handle.remove()
-        assert not guided.tap._by_thread and guided.tap._traced is None
+        assert guided.tap._recording.get() is None
         assert torch.equal(guided(x, sigma, cond=cond, uncond=uncond), expected)
 
 
 def test_an_inner_model_that_is_no_module_or_no_denoiser():
     with pytest.raises(TypeError, match=r"inner_model must be an nn.Module .* got function"):
         ksag.SAGDenoiser(lambda x, sigma: x)  # type: ignore
-    guided = ksag.SAGDenoiser(diffusers_unet(), cond_key="encoder_hidden_states")
+    guided = ksag.SAGDenoiser(seeded(conditional), cond_key="encoder_hidden_states")
     with pytest.raises(TypeError, match=r"must return the denoised latent, .* got UNet2DConditionOutput"):
         guided(torch.randn(2, 4, 8, 8), torch.ones(2), cond=torch.randn(2, 7, 64))
 
 
 def test_cond_key_none_needs_a_dict(denoiser):
     x, sigma, cond, _ = inputs()
-    with pytest.raises(TypeError, match="cond must be a dict of inner_model's keywords, got Tensor"):
+    with pytest.raises(TypeError, match=r"cond must be a dict of inner_model's keywords, got a tensor of shape \(2, 10\)"):
         ksag.SAGDenoiser(denoiser, cond_key=None)(x, sigma, cond=cond)
 
 
-def test_projections_changed_after_wrapping_are_an_error_not_an_unguided_image():
-    class Denoiser(nn.Module):
+class OfDiffusers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unet = seeded(conditional)
+
+    def forward(self, x, sigma, cond):
+        return self.unet(x, 500, cond).sample
+
+
+def fuse(unet, layer):
+    unet.fuse_qkv_projections()
+
+
+def replace_projection(unet, layer):
+    layer.to_q = nn.Sequential(layer.to_q, nn.Linear(64, 64))  # what a LoRA does to a projection
+
+
+@pytest.mark.parametrize("change", [fuse, replace_projection])
+def test_projections_changed_after_wrapping_are_seen(change):
+    args = torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 7, 64)
+    denoiser = OfDiffusers()
+    guided = ksag.SAGDenoiser(denoiser)
+    guided(*args)
+    torch.manual_seed(0)
+    change(denoiser.unet, guided.tap.layer)
+    with guided, ksag.SAGDenoiser(denoiser) as anew:
+        assert torch.equal(guided(*args), anew(*args))
+    assert hooks(denoiser) == 0
+
+
+def test_projections_changed_in_a_compiled_model_are_an_error_not_an_unguided_image():
+    args = torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 7, 64)
+    guided = ksag.SAGDenoiser(OfDiffusers())
+    unet, layer = guided.inner_model.unet, guided.tap.layer
+    guided.inner_model.unet = torch.compile(unet, backend="eager")
+    guided(*args)
+    replace_projection(unet, layer)
+    with pytest.raises(RuntimeError, match=r"attn1' were replaced since it was wrapped .* Wrap the model anew"):
+        guided(*args)
+
+
+def test_what_a_model_does_to_the_containers_that_it_is_given_is_undone(denoiser):
+    class Pops(nn.Module):  # as diffusers' UNet does to a T2I-Adapter's down_intrablock_additional_residuals
         def __init__(self):
             super().__init__()
-            self.unet = diffusers_unet()
+            self.inner_model = denoiser
 
-        def forward(self, x, sigma, cond):
-            return self.unet(x, 500, cond).sample
+        def forward(self, x, sigma, cond, residuals):
+            return self.inner_model(x, sigma, mapping_cond=cond["mapping"].pop()) + residuals.pop(0)
 
-    args = torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 7, 64)
-    guided = ksag.SAGDenoiser(Denoiser())
-    guided(*args)
-    guided.inner_model.unet.fuse_qkv_projections()
-    with pytest.raises(RuntimeError, match=r"ran for 0 of the latent's 1 samples .* wrap it anew"):
-        guided(*args)
+    x, sigma, cond, uncond = inputs()
+    residuals, cond, uncond = [torch.ones(2, 1, 1, 1)], {"mapping": [cond]}, {"mapping": [uncond]}
+    for batch_cond in True, False:
+        guided = ksag.SAGDenoiser(Pops(), batch_cond=batch_cond)
+        results = [guided(x, sigma, cond=cond, uncond=uncond, residuals=residuals) for _ in range(2)]
+        assert torch.equal(*results)
+        assert len(residuals) == len(cond["mapping"]) == len(uncond["mapping"]) == 1
 
-    guided = ksag.SAGDenoiser(Denoiser())
-    layer = guided.tap.layer
-    layer.to_q = nn.Sequential(layer.to_q, nn.Linear(64, 64))  # what a LoRA does to a projection
-    with pytest.raises(RuntimeError, match=r"attn1.to_q was replaced since .* Wrap the model anew"):
-        guided(*args)
+
+def test_each_sample_has_its_own_sigma_in_the_range(denoiser):
+    x, _, cond, uncond = inputs(3)
+    sigma = torch.tensor([0.5, 3.0, 9.0])
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+    everywhere, plain = (wrap(denoiser, scale)(x, sigma, **args) for scale in (0.5, 0.0))
+    result = wrap(denoiser, sigma_range=(1.0, 4.0))(x, sigma, **args)
+    assert torch.equal(result[1], everywhere[1]) and not torch.equal(plain[1], everywhere[1])
+    assert torch.equal(result[0], plain[0]) and torch.equal(result[2], plain[2])
+
+
+def test_a_trace_keeps_its_own_threads_steps(denoiser):
+    x, sigma, *_ = inputs()
+    guided = wrap(denoiser)
+    with guided.trace() as outer, guided.trace() as inner:
+        other = threading.Thread(target=guided, args=(x, sigma))
+        other.start()
+        other.join()
+        guided(x, sigma)
+    assert len(outer) == len(inner) == 1

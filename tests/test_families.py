@@ -11,18 +11,15 @@ import k_diffusion as K
 import pytest
 import torch
 from denoising_diffusion_pytorch import KarrasUnet, Unet
-from diffusers import UNet2DConditionModel, UNet2DModel
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import ksag
 from ksag.attention import find_attention
-from ksag.saliency import saliency
 from ksag.tap import AttentionTap
-from tests.conftest import make_denoiser, randomise
+from tests import models
+from tests.models import Around, Unknown, conditional, make_denoiser, seeded
 
 
 class Watch(TorchFunctionMode):
@@ -47,182 +44,6 @@ class Watch(TorchFunctionMode):
         return out
 
 
-# Stand-ins, from the facts of the public repositories
-
-
-class MemoryEfficientCrossAttention(nn.Module):
-    """A stand-in for CompVis's and SGM's, whose real one needs xformers: it keeps no scale."""
-
-    def __init__(self, channels, heads):
-        super().__init__()
-        self.heads, self.dim_head = heads, channels // heads
-        self.to_q, self.to_k, self.to_v, self.out = (nn.Linear(channels, channels) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class SpatialTransformer(nn.Module):
-    """A stand-in for the module that makes tokens of the pixels around it."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.attn1 = MemoryEfficientCrossAttention(channels, 2)
-
-    def forward(self, x):
-        return x + self.attn1(x.flatten(2).mT).mT.reshape(x.shape)
-
-
-class ImprovedAttentionBlock(nn.Module):
-    """A stand-in for improved-diffusion's AttentionBlock: heads are split off first, and each holds its q, k, v in turn."""
-
-    class QKVAttention(nn.Module):
-        def forward(self, qkv):
-            q, k, v = qkv.split(qkv.shape[1] // 3, dim=1)
-            s = q.shape[1] ** -0.25
-            return v @ torch.softmax((q * s).mT @ (k * s), dim=-1).mT
-
-    def __init__(self, channels, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = nn.GroupNorm(8, channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.attention = self.QKVAttention()
-        self.proj_out = nn.Conv1d(channels, channels, 1)
-
-    def forward(self, x):
-        b, c, h, w = x.shape
-        flat = x.reshape(b, c, h * w)
-        y = self.attention(self.qkv(self.norm(flat)).reshape(b * self.num_heads, -1, h * w)).reshape(b, c, h * w)
-        return (flat + self.proj_out(y)).reshape(x.shape)
-
-
-class EDMBlock(nn.Module):
-    """A stand-in for EDM's UNetBlock: it halves the resolution first, and its qkv are (heads, channels, 3)."""
-
-    def __init__(self, channels, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.affine = nn.Linear(1, channels)
-        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1, stride=2)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(8, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x, emb):
-        x = self.conv1(self.conv0(x) + self.affine(emb)[:, :, None, None])
-        b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm2(x)).reshape(b * self.num_heads, c // self.num_heads, 3, h * w).unbind(2)
-        weight = torch.softmax(torch.einsum("ncq,nck->nqk", q, k / k.shape[1] ** 0.5), dim=2)
-        y = torch.einsum("nqk,nck->ncq", weight, v).reshape(x.shape)
-        return F.interpolate(self.proj(y) + x, scale_factor=2)
-
-
-class EDM2Block(nn.Module):
-    """A stand-in for EDM2's Block: q, k and v are normalised over each head's channels."""
-
-    def __init__(self, channels, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.conv_res0 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.attn_qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.attn_proj = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x, emb):
-        x = self.conv_res0(x)
-        b, c, h, w = x.shape
-        y = self.attn_qkv(x).reshape(b, self.num_heads, c // self.num_heads, 3, h * w)
-        length = torch.linalg.vector_norm(y, dim=2, keepdim=True)
-        q, k, v = (y / (1e-4 + length * (length.numel() / y.numel()) ** 0.5)).unbind(3)
-        weight = torch.einsum("nhcq,nhck->nhqk", q, k / q.shape[2] ** 0.5).softmax(dim=3)
-        return x + self.attn_proj(torch.einsum("nhqk,nhck->nhcq", weight, v).reshape(x.shape))
-
-
-class HDiTAttention(nn.Module):
-    """A stand-in for the global attention of k-diffusion's ImageTransformerDenoiserModelV2, on (b, h, w, c) tokens."""
-
-    class AxialRoPE(nn.Module):
-        def __init__(self, heads):
-            super().__init__()
-            self.freqs = nn.Parameter(torch.rand(heads, 4) * 6)
-
-        def forward(self, pos):
-            theta_h = pos[..., None, 0:1] * self.freqs
-            theta_w = pos[..., None, 1:2] * self.freqs
-            return torch.cat((theta_h, theta_w), dim=-1)
-
-    def __init__(self, channels, heads):
-        super().__init__()
-        self.n_heads = heads
-        self.norm = nn.LayerNorm(channels)
-        self.qkv_proj = nn.Linear(channels, 3 * channels, bias=False)
-        self.scale = nn.Parameter(torch.tensor([4.0, 9.0]))
-        self.pos_emb = self.AxialRoPE(heads)
-        self.out_proj = nn.Linear(channels, channels)
-
-    def forward(self, x, pos):
-        b, h, w, _ = x.shape
-        q, k, v = self.qkv_proj(self.norm(x)).reshape(b, h * w, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = (F.normalize(t, dim=-1) * self.scale.sqrt()[:, None, None] for t in (q, k))
-        theta = self.pos_emb(pos.reshape(h * w, 2)).transpose(0, 1)
-        q, k = self.rotate(q, theta), self.rotate(k, theta)
-        y = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(x.shape)
-        return x + self.out_proj(y)
-
-    @staticmethod
-    def rotate(x, theta):
-        d = theta.shape[-1]
-        a, b, rest = x[..., :d], x[..., d : 2 * d], x[..., 2 * d :]
-        return torch.cat((a * theta.cos() - b * theta.sin(), b * theta.cos() + a * theta.sin(), rest), dim=-1)
-
-
-class ChannelsLast(nn.Module):
-    """Around the stand-in for the transformer: patches of 2 × 2 pixels as tokens (b, h, w, c)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.patch = nn.Conv2d(3, channels, 2, stride=2)
-        self.mid_level = nn.ModuleList([HDiTAttention(channels, 2)])
-
-    def forward(self, x):
-        x = self.patch(x).movedim(1, -1)
-        pos = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, n) for n in x.shape[1:3]), indexing="ij"), dim=-1)
-        return F.interpolate(self.mid_level[0](x, pos).movedim(-1, 1), scale_factor=2)[:, :3]
-
-
-class Around(nn.Module):
-    """A convolution, then the block under the name that its family's UNets give it."""
-
-    def __init__(self, name, block, *args):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 32, 3, padding=1)
-        parent, _, child = name.rpartition(".")
-        self.add_module(parent or child, nn.ModuleDict({child: block}) if parent else block)
-        self.block_args = args
-        self.out = nn.Conv2d(32, 3, 3, padding=1)
-        self.name = name
-
-    def forward(self, x):
-        args = [torch.ones(x.shape[0], 1)] * len(self.block_args)
-        return self.out(self.get_submodule(self.name)(self.conv(x), *args))
-
-
-class Unknown(nn.Module):
-    """An attention of no family, with a scale of its own, that calls scaled_dot_product_attention."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.project = nn.Linear(channels, 2 * channels)
-
-    def forward(self, x):
-        tokens = x.flatten(2).mT
-        q, k = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.project(tokens).chunk(2, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, k, scale=0.7)
-        return x + y.transpose(1, 2).flatten(2).mT.reshape(x.shape)
-
-
 # The cases
 
 
@@ -237,57 +58,6 @@ class Case(NamedTuple):
     sizes: tuple[tuple[int, int], ...] = ((16, 16), (12, 20))
     memory: int = 0
     attention: str = "middle"
-
-
-def openai_unet(new_order):
-    return lambda: UNetModel(
-        image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1, attention_resolutions=[2],
-        channel_mult=[1, 2], num_heads=2, use_new_attention_order=new_order,
-    )  # fmt: skip
-
-
-def compvis_unet():
-    return UNetModel(
-        image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1, attention_resolutions=[1, 2],
-        channel_mult=[1, 2], num_heads=2, use_spatial_transformer=True, transformer_depth=1, context_dim=64,
-    )  # fmt: skip
-
-
-def conditional(**options):
-    return UNet2DConditionModel(
-        **{
-            "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
-            "cross_attention_dim": 64, "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), **options,
-        }
-    )  # fmt: skip
-
-
-def fused():
-    model = conditional()
-    model.fuse_qkv_projections()
-    return model
-
-
-def with_lora():
-    model = conditional()
-    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False))
-    return model
-
-
-def with_norms():
-    """diffusers' own Attention with its norm_q and norm_k, in the place of a UNet's."""
-    model = conditional()
-    block = model.mid_block.attentions[0].transformer_blocks[0]
-    block.attn1 = type(block.attn1)(64, heads=4, dim_head=16, qk_norm="layer_norm")
-    return model
-
-
-def unconditional():
-    return UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=16,
-    )  # fmt: skip
 
 
 def with_sigma(m, x):
@@ -315,20 +85,20 @@ CASES = {
         lambda: K.models.ImageTransformerDenoiserModelV1(3, 128, 128, 3, 3, (2, 2)), with_sigma,
         "blocks.1.self_attn",
     ),
-    "k-diffusion transformer v2": Case(lambda: ChannelsLast(32), alone, "mid_level.0"),
-    "CompVis": Case(compvis_unet, compvis_call, "middle_block.1.transformer_blocks.0.attn1", 4),
+    "k-diffusion transformer v2": Case(lambda: models.ChannelsLast(32), alone, "mid_level.0"),
+    "CompVis": Case(models.compvis_unet, compvis_call, "middle_block.1.transformer_blocks.0.attn1", 4),
     "CompVis, memory efficient": Case(
-        lambda: Around("middle_block.1", SpatialTransformer(32)), alone, "middle_block.1.attn1", factor=1, sizes=((8, 8), (7, 9))
+        lambda: Around("middle_block.1", models.SpatialTransformer(32)), alone, "middle_block.1.attn1", factor=1, sizes=((8, 8), (7, 9))
     ),
-    "guided-diffusion, legacy order": Case(openai_unet(False), with_sigma, "middle_block.1", 4),
-    "guided-diffusion, new order": Case(openai_unet(True), with_sigma, "middle_block.1", 4),
+    "guided-diffusion, legacy order": Case(models.openai_unet(False), with_sigma, "middle_block.1", 4),
+    "guided-diffusion, new order": Case(models.openai_unet(True), with_sigma, "middle_block.1", 4),
     "improved-diffusion": Case(
-        lambda: Around("middle_block.1", ImprovedAttentionBlock(32, 2)), alone, "middle_block.1", factor=1,
+        lambda: Around("middle_block.1", models.ImprovedAttentionBlock(32, 2)), alone, "middle_block.1", factor=1,
         sizes=((8, 8), (7, 9)),
     ),
-    "EDM": Case(lambda: Around("enc.8x8_block0", EDMBlock(32, 2), "emb"), alone, "enc.8x8_block0"),
+    "EDM": Case(lambda: Around("dec.8x8_in0", models.EDMBlock(32, 2), "emb"), alone, "dec.8x8_in0"),
     "EDM2": Case(
-        lambda: Around("enc.8x8_block0", EDM2Block(32, 2), "emb"), alone, "enc.8x8_block0", factor=1, sizes=((8, 8), (7, 9))
+        lambda: Around("dec.8x8_in0", models.EDM2Block(32, 2), "emb"), alone, "dec.8x8_in0", factor=1, sizes=((8, 8), (7, 9))
     ),
     "diffusers": Case(conditional, diffusers_call, MID_ATTN1, 4),
     "diffusers, SD 2.x": Case(
@@ -337,10 +107,10 @@ CASES = {
     "diffusers, SDXL": Case(
         lambda: conditional(transformer_layers_per_block=(1, 2), use_linear_projection=True), diffusers_call, MID_ATTN1, 4
     ),
-    "diffusers, fused": Case(fused, diffusers_call, MID_ATTN1, 4),
-    "diffusers, LoRA": Case(with_lora, diffusers_call, MID_ATTN1, 4),
-    "diffusers, norm_q and norm_k": Case(with_norms, diffusers_call, MID_ATTN1, 4),
-    "diffusers, unconditional": Case(unconditional, lambda m, x: m(x, 500), "mid_block.attentions.0"),
+    "diffusers, fused": Case(models.fused, diffusers_call, MID_ATTN1, 4),
+    "diffusers, LoRA": Case(models.with_lora, diffusers_call, MID_ATTN1, 4),
+    "diffusers, norm_q and norm_k": Case(models.with_norms, diffusers_call, MID_ATTN1, 4),
+    "diffusers, unconditional": Case(models.unconditional, lambda m, x: m(x, 500), "mid_block.attentions.0"),
     "lucidrains": Case(
         lambda: Unet(32, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2), with_sigma, "mid_attn", memory=4
     ),
@@ -359,8 +129,7 @@ CASES = {
 
 
 def build(case):
-    torch.manual_seed(0)
-    return randomise(case.model())
+    return seeded(case.model)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -372,11 +141,11 @@ def test_read_as_applied(name, size, batch):
     x = torch.randn(batch, case.channels, *size) * 2
     plain = case.call(model, x)
 
-    tap = AttentionTap(model, case.attention, reduce=saliency)
+    tap = AttentionTap(model, case.attention)
     with tap.recording(batch) as seen:
         recorded = case.call(model, x)
     grid = (size[0] // case.factor, size[1] // case.factor)
-    assert seen.map().shape == (batch, *grid) and tap.grid == grid
+    assert seen.saliency().shape == (batch, *grid) and tap.grid == grid
 
     with Watch(tap.layer) as watch:
         case.call(model, x)
@@ -384,7 +153,7 @@ def test_read_as_applied(name, size, batch):
     tokens = grid[0] * grid[1]
     received = attention.reshape(batch, -1, tokens, tokens + case.memory).mean(1).sum(1)[:, case.memory :]
     expected = (received / received.mean(1, keepdim=True)).view(batch, *grid)
-    torch.testing.assert_close(seen.map().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.saliency().double(), expected, rtol=1e-5, atol=1e-6)
     assert expected.std() > 1e-3
 
     for out, again in zip(as_tensors(plain), as_tensors(recorded), strict=True):
@@ -407,7 +176,7 @@ def test_compiled_after_wrapping(name):
     case = CASES[name]
     model = build(case)
     x = torch.randn(2, case.channels, *case.sizes[0]) * 2
-    tap = AttentionTap(model, case.attention, reduce=saliency)
+    tap = AttentionTap(model, case.attention)
     with tap.recording(2) as eager:
         case.call(model, x)
     torch._dynamo.reset()
@@ -415,7 +184,7 @@ def test_compiled_after_wrapping(name):
     for _ in range(2):
         with tap.recording(2) as seen:
             case.call(compiled, x)
-        torch.testing.assert_close(seen.map(), eager.map(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(seen.saliency(), eager.saliency(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NOT_COMPILED)
@@ -423,7 +192,7 @@ def test_what_cannot_be_read_compiled_is_an_error_or_right_never_unguided(name):
     case = CASES[name]
     model = build(case)
     x = torch.randn(2, case.channels, *case.sizes[0]) * 2
-    tap = AttentionTap(model, case.attention, reduce=saliency)
+    tap = AttentionTap(model, case.attention)
     with tap.recording(2) as eager:
         case.call(model, x)
     torch._dynamo.reset()
@@ -432,11 +201,11 @@ def test_what_cannot_be_read_compiled_is_an_error_or_right_never_unguided(name):
         try:
             with tap.recording(2) as seen:
                 case.call(compiled, x)
-            saw = seen.map()
+            saw = seen.saliency()
         except (RuntimeError, ValueError) as error:
             assert case.path in str(error)
         else:
-            torch.testing.assert_close(saw, eager.map(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(saw, eager.saliency(), rtol=1e-5, atol=1e-6)
 
 
 # An attention of no family
@@ -522,7 +291,7 @@ def test_list_attention_is_a_table_here_and_in_a_notebook():
     assert any(MID_ATTN1 in line and line.endswith("?") for line in lines)
     assert layers._repr_html_().count("<tr>") == 1 + len(layers)
 
-    tap = AttentionTap(model, "middle", reduce=saliency)
+    tap = AttentionTap(model, "middle")
     with tap.recording(1):
         diffusers_call(model, torch.randn(1, 4, 12, 20))
     (seen,) = [layer for layer in ksag.list_attention(model) if layer.path == MID_ATTN1]

@@ -13,9 +13,9 @@ from ksag.adapters.diffusers import denoiser as as_denoiser
 from ksag.conditioning import transform
 from ksag.saliency import MAX_LOGITS, saliency
 from ksag.samplers import SAMPLERS, sample
-from tests.conftest import inputs, make_denoiser
 from tests.diffusers_pipelines import scheduler
 from tests.diffusers_pipelines import unet as make_unet
+from tests.models import inputs, make_denoiser
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -69,7 +69,7 @@ def test_graphed_samples_are_the_eager_ones(sampler):
     assert len(steps) == len(expected_steps) > 0
     for step, wanted in zip(steps, expected_steps, strict=True):
         assert all(relative(a, b) < 1e-4 for a, b in zip(step, wanted, strict=True))
-    assert len(graphed._graphs) == 3
+    assert len(graphed._passes.graphs) == 3
 
 
 def random_denoiser():
@@ -154,7 +154,7 @@ def test_what_a_graph_computes_in_is_the_graphs_own_memory():
     torch._C._cuda_clearCublasWorkspaces()
     with torch.no_grad():
         guided(x, sigma, **args)
-    (lane,) = guided._graphs._lanes.values()
+    (lane,) = guided._passes.graphs._kept.lanes.values()
     pools = [
         segment["segment_pool_id"]
         for segment in torch.cuda.memory_snapshot() if segment["stream"] == lane.stream.cuda_stream

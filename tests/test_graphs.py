@@ -5,8 +5,10 @@ overwritten and inputs are read from fixed addresses, as on a GPU. tests/test_gp
 """
 
 import contextlib
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import ksag
 from ksag import graphs
 from ksag.samplers import SAMPLERS, sample
-from tests.conftest import inputs, make_denoiser
+from tests.models import inputs, make_denoiser
 
 
 class Recorder(TorchDispatchMode):
@@ -79,6 +81,10 @@ def call(guided, batch=2, size=(16, 24), sigma=3.0, cond_scale=2.0, **options):
         return guided(x, sigma, cond=cond, uncond=uncond, cond_scale=cond_scale, **options)
 
 
+def captured(guided):
+    return guided._passes.graphs._kept.captured
+
+
 def eager(denoiser, *args, options=None, **kwargs):
     with ksag.SAGDenoiser(denoiser, cond_key="mapping_cond", **(options or {})) as guided:
         return call(guided, *args, **kwargs)
@@ -97,7 +103,7 @@ def test_replays_give_the_eager_image_under_every_sampler(cuda, denoiser, sample
     with guided.trace() as steps:
         result = sample(sampler, guided, (3, 12, 16), sigmas, [0, 1], args)
     assert torch.equal(result, expected)
-    assert CPUGraph.replays > len(guided._graphs) >= 2
+    assert CPUGraph.replays > len(guided._passes.graphs) >= 2
     assert len(steps) == len(expected_steps) > 0
     for step, wanted in zip(steps, expected_steps, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(step, wanted, strict=True))
@@ -107,9 +113,9 @@ def test_a_step_is_two_graphs_and_scales_take_no_more(cuda, denoiser):
     guided = wrap(denoiser)
     for options in {}, {"cond_scale": 5.0}, {"sag_scale": 2.0}, {"blur_sigma": 1.0}, {"mask_threshold": 0.9}, {"sigma": 1.0}:
         assert torch.equal(call(guided, **options), eager(denoiser, **options))
-    assert len(guided._graphs) == 2
+    assert len(guided._passes.graphs) == 2
     assert torch.equal(call(guided, sag_scale=0.0), eager(denoiser, sag_scale=0.0))
-    assert len(guided._graphs) == 3
+    assert len(guided._passes.graphs) == 3
 
 
 def test_new_shapes_are_captured_by_themselves_within_the_limit(cuda, denoiser):
@@ -119,7 +125,7 @@ def test_new_shapes_are_captured_by_themselves_within_the_limit(cuda, denoiser):
         call(guided, size=size)
     with pytest.warns(UserWarning, match=r"More than 4 CUDA graphs.*limit=\.\.\."):
         call(guided, size=sizes[2])
-    assert len(guided._graphs) == 4
+    assert len(guided._passes.graphs) == 4
     for size in sizes:
         assert torch.equal(call(guided, size=size), eager(denoiser, size=size))
 
@@ -131,7 +137,7 @@ def test_the_least_recently_used_is_dropped(cuda, denoiser):
     call(guided, size=(16, 24))
     with pytest.warns(UserWarning, match="dropped"):
         call(guided, size=(8, 8))
-    kept = {dict((place, shape) for place, shape, *_ in key[3])["[0]"] for key in guided._graphs._captured}
+    kept = {dict((place, shape) for place, shape, *_ in key[3])["latents[0]"] for key in captured(guided)}
     assert kept == {(2, 3, 16, 24), (2, 3, 8, 8)}
 
 
@@ -158,13 +164,13 @@ def test_conditioning_is_copied_in_only_when_it_changes(cuda, denoiser):
         return [copied for shape, copied in copies if shape == tuple(cond.shape)]
 
     run(cond)
-    assert run(cond) == [False, False, False]  # cond and uncond of the first pass, uncond of the second
+    assert run(cond) == [False, False, False]  # uncond and cond of the first pass, uncond of the second
     assert any(copied for shape, copied in copies if shape == tuple(x.shape))
     cond.mul_(2)
-    assert run(cond) == [True, False, False]
-    assert run(cond.clone()) == [True, False, False]
+    assert run(cond) == [False, True, False]
+    assert run(cond.clone()) == [False, True, False]
     uncond.data = uncond + 1
-    assert run(cond)[1:] == [True, True]
+    assert run(cond)[::2] == [True, True]
 
 
 def test_weights_may_change_in_place_and_may_move(cuda):
@@ -176,10 +182,10 @@ def test_weights_may_change_in_place_and_may_move(cuda):
         weight.mul_(1.5)
     changed = call(guided)
     assert not torch.equal(changed, first) and torch.equal(changed, eager(denoiser))
-    before = list(guided._graphs._captured.values())
+    before = list(captured(guided).values())
     weight.data = weight.data / 1.5
     assert torch.equal(call(guided), eager(denoiser))
-    assert not set(before) & set(guided._graphs._captured.values())
+    assert not set(before) & set(captured(guided).values())
 
 
 def test_gradients_run_eagerly(cuda, denoiser):
@@ -203,7 +209,7 @@ def test_inference_mode_and_no_grad_share_their_graphs(cuda, denoiser, inference
         args["cond"].mul_(2)  # an inference tensor counts no versions
         doubled = guided(x.clone(), sigma, **args)
     assert not torch.equal(doubled, expected)
-    assert torch.equal(call(guided), expected) and len(guided._graphs) == 2
+    assert torch.equal(call(guided), expected) and len(guided._passes.graphs) == 2
 
 
 def test_autocast_has_graphs_of_its_own(cuda, denoiser):
@@ -211,33 +217,39 @@ def test_autocast_has_graphs_of_its_own(cuda, denoiser):
     plain = call(guided)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(call(guided), eager(denoiser))
-    assert torch.equal(call(guided), plain) and len(guided._graphs) == 4
+    assert torch.equal(call(guided), plain) and len(guided._passes.graphs) == 4
 
 
-def test_each_thread_captures_for_itself(cuda, denoiser):
+def test_each_thread_captures_for_itself_and_frees_what_it_captured(cuda, denoiser):
     guided = wrap(denoiser)
-    results = {}
+    call(guided)
+    results, graphs_of_threads = {}, weakref.WeakSet()
 
     def work(sigma):
+        assert len(guided._passes.graphs) == 0
         results[sigma] = [call(guided, sigma=sigma) for _ in range(3)]
+        graphs_of_threads.update(captured(guided).values())
+        assert len(graphs_of_threads) == 2
 
-    threads = [threading.Thread(target=work, args=(sigma,)) for sigma in (1.0, 5.0)]
-    for thread in threads:
+    for sigma in 1.0, 5.0:
+        thread = threading.Thread(target=work, args=(sigma,))
         thread.start()
         thread.join()  # one after the other: the stand-in records all that the process runs
-    assert len(guided._graphs) == 4
+        gc.collect()
+        assert len(graphs_of_threads) == 0
+    assert len(guided._passes.graphs) == 2
     for sigma, images in results.items():
-        assert all(torch.equal(image, eager(denoiser, sigma=sigma)) for image in images)
+        assert len(images) == 3 and all(torch.equal(image, eager(denoiser, sigma=sigma)) for image in images)
 
 
 @pytest.mark.filterwarnings("ignore:More than 2 CUDA graphs")
-def test_threads_take_turns_to_look_up_capture_and_drop(cuda, monkeypatch):
-    capturing, overlaps, failures = [], [], []
+def test_threads_take_turns_to_capture(cuda, monkeypatch):
+    capturing, overlaps, failures, kept = [], [], [], []
 
     class Slow(graphs._Captured):
         def __init__(self, *args):
             overlaps.extend(capturing)
-            capturing.append(threading.get_ident())
+            capturing.append(self)
             time.sleep(0.005)
             super().__init__(*args)
             capturing.clear()
@@ -250,7 +262,8 @@ def test_threads_take_turns_to_look_up_capture_and_drop(cuda, monkeypatch):
             with torch.no_grad():
                 for size in sizes * 3:
                     assert torch.equal(replayed(double, torch.ones(size)), torch.full((size,), 2.0))
-        except Exception as failure:
+            kept.append(len(replayed))
+        except BaseException as failure:
             failures.append(failure)
 
     monkeypatch.setattr(graphs, "_Captured", Slow)
@@ -260,7 +273,7 @@ def test_threads_take_turns_to_look_up_capture_and_drop(cuda, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures and not overlaps and len(replayed) == 2
+    assert not failures and not overlaps and kept == [2, 2]
 
 
 def test_keywords_are_part_of_the_signature_or_refused(cuda):
@@ -274,8 +287,10 @@ def test_keywords_are_part_of_the_signature_or_refused(cuda):
 
     guided = wrap(Biased())
     plain, biased = call(guided), call(guided, bias=1.0)
-    assert not torch.equal(plain, biased) and len(guided._graphs) == 4
-    with pytest.raises(TypeError, match=r"inner_model\[4\]\['bias'\] is a object, and a CUDA graph would not see it change"):
+    assert not torch.equal(plain, biased) and len(guided._passes.graphs) == 4
+    with pytest.raises(
+        TypeError, match=r"inner_model is given a object as kwargs\['bias'\], and a CUDA graph would not see it change"
+    ):
         call(guided, bias=object())
 
 
@@ -289,14 +304,14 @@ def test_a_model_that_cannot_be_captured_is_a_clear_error(cuda, denoiser, monkey
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, *args, **kwargs: Fails(graph.ops))
     with pytest.raises(RuntimeError, match=r"could not be captured.*\.item\(\).*operation not permitted when stream is capturing$"):
         call(guided)
-    assert len(guided._graphs) == 0
+    assert len(guided._passes.graphs) == 0
 
 
 def test_close_frees_the_graphs(cuda, denoiser):
     guided = wrap(denoiser)
     call(guided)
     guided.close()
-    assert guided._graphs is None
+    assert guided._passes.graphs is None
     assert torch.equal(call(guided, sag_scale=0.0), eager(denoiser, sag_scale=0.0))
 
 

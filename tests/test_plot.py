@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ksag import SAGDenoiser, TraceStep, plot
-from tests.conftest import CLASSES
+from tests.models import CLASSES
 
 NAMES = ["cat", "dog", "frog"]
 

@@ -7,23 +7,10 @@ is watched as its softmax, its blur is SciPy's.
 import k_diffusion as K
 import pytest
 import torch
-from torch import nn
 
 import ksag
 from tests import reference
-from tests.test_attention import WatchSoftmax, compvis_unet
-
-
-class LatentDiffusion(nn.Module):
-    """A stand-in for the part of CompVis's LatentDiffusion that k-diffusion calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = compvis_unet()
-        self.alphas_cumprod = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
-
-    def apply_model(self, x, t, cond):
-        return self.model(x, t, cond["c_crossattn"][0])
+from tests.models import LatentDiffusion, WatchSoftmax
 
 
 def seven_steps(denoiser, x, sigma, cond, uncond, cond_scale, sag_scale, blur_sigma, kernel_size, threshold):

@@ -10,7 +10,7 @@ from torch import nn
 import ksag
 from ksag.samplers import SAMPLERS, sample
 from tests import reference
-from tests.conftest import inputs
+from tests.models import inputs
 
 EXPECTED_SAMPLERS = {
     "euler", "euler_ancestral", "heun", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral",

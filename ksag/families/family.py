@@ -1,0 +1,177 @@
+"""What ksag has to know of a way of writing self-attention."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+Seen: TypeAlias = dict[str, list[Any]]
+"""By the submodule's name, what it returned (a tensor), or was given (a list of tensors), at each of its calls while the layer ran
+once. A submodule that did not run is missing.
+"""
+
+
+class Attention(NamedTuple):
+    """What a layer attended with: its output is softmax(q kᵀ · scale + mask) v."""
+
+    q: Tensor
+    """(b, heads, tokens, dim)"""
+    k: Tensor
+    """(b, heads, memory + tokens, dim)"""
+    v: Tensor | None
+    """(b, heads, memory + tokens, dim of the values); None where it was not seen, so that the output cannot be computed."""
+    scale: float
+    """What the layer multiplies q kᵀ by, as a rule dim ** -0.5."""
+    grid: tuple[int, int] | None = None
+    """(h', w') of the tokens; None where the layer sees a sequence, whose grid only the modules around it know."""
+    memory: int = 0
+    """How many keys, the first ones, are no tokens of the image."""
+    mask: Tensor | None = None
+    """As `F.scaled_dot_product_attention` takes it, of the shape (b, heads, tokens, keys)."""
+
+    def of(self, samples: int) -> "Attention":
+        """The same of the first samples of the batch."""
+        q, k, v, mask = (x if x is None else x[:samples] for x in (self.q, self.k, self.v, self.mask))
+        assert q is not None and k is not None
+        return self._replace(q=q, k=k, v=v, mask=mask)
+
+
+Middle: TypeAlias = Callable[[nn.Module, Sequence[str]], "list[Place]"]
+"""The model, and the paths of a family's layers in it → the layer in the middle of each UNet or stack of blocks that holds some."""
+
+
+class Place(NamedTuple):
+    """A layer in the middle of a UNet or of a stack of blocks."""
+
+    path: str
+    whole: bool
+    """Whether what holds it goes down and up again, as a UNet does, and a ControlNet or half a VAE does not."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to know a self-attention layer, where its models have their middle, what to hook, and how to read q, k and v.
+
+    The hooks see the outputs of `outputs` and the arguments of `inputs`, and `read` is asked as the layer calls its `projection`.
+    """
+
+    name: str
+    """What `ksag.list_attention` shows."""
+    matches: Callable[[Any, str, nn.Module], bool]
+    """Whether the module at a path, in its parent, is such a layer."""
+    middle: Middle
+    """Where its models have their middle; `unet` and `stack` make such a function."""
+    read: Callable[[Any, Seen], Attention | None]
+    """The layer, and what the hooks saw → what it attended with; None if the submodules that it needs did not run."""
+    projection: str
+    """The submodule that is given the attention's output, (b, heads, tokens, dim), rearranged as `merged` says."""
+    merged: str = "b heads tokens d -> b tokens (heads d)"
+    """An einops pattern, for which h and w are known."""
+    outputs: tuple[str, ...] = ()
+    """Submodules whose outputs hold queries, keys or values. A layer need not have, nor run, all of them."""
+    inputs: tuple[str, ...] = ()
+    """Submodules whose arguments hold them, likewise."""
+    heads: str = "heads"
+    """The layer's attribute that holds its number of heads."""
+    dropout: str = ""
+    """The submodule that says how much of the attention, or of its output, is dropped at random, if there is one."""
+    patch: str = ""
+    """The attribute of a module around that holds the size of the patches of its input which are the tokens, if it has such."""
+    computes_in: torch.dtype | None = None
+    """The dtype in which the layer attends whatever the model's is, if there is one."""
+
+
+def has_modules(layer: nn.Module, *names: str) -> bool:
+    return all(isinstance(getattr(layer, name, None), nn.Module) for name in names)
+
+
+def from_image(qkv: Tensor, heads: int, order: str) -> Attention:
+    """q, k, v in the channels of an image, (b, three heads d, h, w), in the given order; at the usual scale."""
+    q, k, v = rearrange(qkv, f"b ({order}) h w -> three b heads (h w) d", three=3, heads=heads)
+    return Attention(q, k, v, q.shape[-1] ** -0.5, grid=(qkv.shape[2], qkv.shape[3]))
+
+
+def from_tokens(q: Tensor, k: Tensor, v: Tensor | None, heads: int, scale: float | None = None) -> Attention:
+    """q, k, v as sequences, (b, tokens, heads d), or with the heads split off already, (b, heads, tokens, d).
+
+    Keys and values may have fewer heads than the queries: each is then for several heads in a row (grouped-query attention).
+    """
+    d = q.shape[-1] if q.ndim == 4 else q.shape[-1] // heads
+
+    def split(x: Tensor) -> Tensor:
+        x = x if x.ndim == 4 else rearrange(x, "b tokens (heads d) -> b heads tokens d", d=d)
+        return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+    return Attention(split(q), split(k), None if v is None else split(v), d**-0.5 if scale is None else scale)
+
+
+Level: TypeAlias = Callable[[nn.Module, str], int]
+"""The way down, and the path of a layer in it → how deep the layer is."""
+
+
+def numbered(down: nn.Module, path: str) -> int:
+    """The path begins with the level's number."""
+    return int(path.partition(".")[0])
+
+
+def unet(*, down: str, up: str, middle: str = "(?!)", level: Level = numbered) -> Middle:
+    """The first self-attention of the middle, or else of the deepest level on the way down that has one.
+
+    Args:
+        down, up: the names of the submodules that are the way down and the way up.
+        middle: a regular expression for the path of the middle; the default matches none.
+        level: how deep a layer on the way down is.
+
+    >>> find = unet(down="downs", middle="mid", up="ups")
+    >>> unet_without_middle = nn.ModuleDict({"downs": nn.Identity(), "ups": nn.Identity()})
+    >>> find(unet_without_middle, ["downs.0.attn", "downs.1.attn", "ups.0.attn"])
+    [Place(path='downs.1.attn', whole=True)]
+    """
+
+    def find(model: nn.Module, paths: Sequence[str]) -> list[Place]:
+        in_middle, on_the_way_down = _by_owner(paths, middle), _by_owner(paths, down)
+        places = []
+        for owner in dict.fromkeys([*in_middle, *on_the_way_down]):
+            module = model.get_submodule(owner)
+            if owner in in_middle:
+                path, _ = in_middle[owner][0]
+            else:
+                way_down = module.get_submodule(down)
+                path, _ = max(on_the_way_down[owner], key=lambda layer: level(way_down, layer[1]))  # the first of the deepest
+            places.append(Place(path, whole=has_modules(module, down, up)))
+        return places
+
+    return find
+
+
+def _by_owner(paths: Sequence[str], part: str) -> dict[str, list[tuple[str, str]]]:
+    """Paths that lead through a part, by the path of the module that has the part: each whole, and what is behind the part."""
+    owners: dict[str, list[tuple[str, str]]] = {}
+    for path in paths:
+        if match := re.search(rf"(?:^|\.){part}(?:\.|$)", path):
+            owners.setdefault(path[: match.start()], []).append((path, path[match.end() :]))
+    return owners
+
+
+def stack(blocks: str) -> Middle:
+    """The middle one of a plain stack of blocks.
+
+    Args:
+        blocks: the name of the submodule that holds them.
+
+    >>> stack("blocks")(nn.Module(), ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"])
+    [Place(path='blocks.1.attn', whole=True)]
+    """
+
+    def find(model: nn.Module, paths: Sequence[str]) -> list[Place]:
+        stacks: dict[str, list[str]] = {}
+        for path in paths:
+            if match := re.search(rf"(?:^|\.){blocks}\.\d+\.", path):
+                stacks.setdefault(path[: match.start()], []).append(path)
+        return [Place(paths[len(paths) // 2], whole=True) for paths in stacks.values()]
+
+    return find

@@ -1,0 +1,109 @@
+"""Attention of any writing that calls `F.scaled_dot_product_attention`: the call tells what it attends with."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ksag.families.family import Attention
+
+
+class Call(NamedTuple):
+    """The arguments of a call of `F.scaled_dot_product_attention`."""
+
+    query: Tensor
+    """(b, heads, tokens, dim) or (b heads, tokens, dim)"""
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+class WatchSDPA(TorchFunctionMode):
+    """Keeps the arguments of every `F.scaled_dot_product_attention` while the mode is entered, and lets each one run.
+
+    >>> with WatchSDPA() as watch:
+    ...     attended = F.scaled_dot_product_attention(*torch.randn(3, 1, 2, 16, 8))
+    >>> [call.query.shape for call in watch.calls]
+    [torch.Size([1, 2, 16, 8])]
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._entered = False
+
+    def __enter__(self) -> "WatchSDPA":
+        self._entered = True
+        return super().__enter__()
+
+    def close(self) -> None:
+        """Leaves the mode if it is entered."""
+        if self._entered:
+            self._entered = False
+            self.__exit__(None, None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(Call(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def read(call: Call, batch: int | None, spatial: tuple[int, int] | None) -> Attention:
+    """What one call attends with. Its tokens may be the pixels of the nearest spatial input, or square patches of them.
+
+    Args:
+        call: its tensors are (b, heads, tokens, dim) or (b heads, tokens, dim); keys and values may be grouped.
+        batch: b of the nearest spatial input, if there was one.
+        spatial: (h, w) of that.
+
+    Raises:
+        ValueError: another shape.
+
+    >>> q, k, v = torch.randn(3, 1, 2, 16, 8)
+    >>> read(Call(q, k, v), batch=1, spatial=(8, 8)).grid
+    (4, 4)
+    """
+    q, k, v = (x.detach() for x in call[:3])
+    if q.ndim == k.ndim == 3 and batch and q.shape[0] == k.shape[0] and q.shape[0] % batch == 0:
+        q, k, v = (rearrange(x, "(b heads) n d -> b heads n d", b=batch) for x in (q, k, v))
+    heads = q.shape[1]
+    if call.enable_gqa and q.ndim == k.ndim == 4:
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    # A batch of another size is one of windows, rows or frames, whose tokens could pass for an image's
+    if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[0] != batch:
+        raise ValueError(
+            f"its scaled_dot_product_attention has queries {tuple(q.shape)} and keys {tuple(k.shape)}, where both should be "
+            f"(b, heads, tokens, dim), of the {batch} samples that the model was given"
+        )
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    return Attention(q, k, v, scale, grid=spatial and _patches(spatial, q.shape[2]), mask=_mask(call, q, k))
+
+
+def _mask(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
+    b, heads, tokens, _ = q.shape
+    if call.is_causal:
+        mask = torch.ones(tokens, k.shape[2], dtype=torch.bool, device=q.device).tril()
+    elif call.attn_mask is None:
+        return None
+    else:
+        mask = call.attn_mask.detach()
+    if mask.ndim == 3 and mask.shape[0] == b * heads != b:  # beside queries of (b heads, tokens, dim)
+        mask = mask.unflatten(0, (b, heads))
+    elif mask.ndim == 3:
+        mask = mask.unsqueeze(1)
+    return mask.expand(b, heads, tokens, k.shape[2])
+
+
+def _patches(spatial: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """The grid of so many square patches; that of the pixels where there is none."""
+    h, w = spatial
+    patch = max(1, math.isqrt(h * w // tokens))
+    return (h // patch, w // patch) if h % patch == w % patch == 0 else spatial

@@ -1,0 +1,124 @@
+"""The parameters of `SAGDenoiser`, once: their names, defaults and checks.
+
+>>> PARAMETERS["sag_scale"].check("strong")
+Traceback (most recent call last):
+ValueError: sag_scale must be a number, got the str 'strong'.
+"""
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+def described(value: Any) -> str:
+    """
+    >>> described([1.0]), described(None)
+    ('the list [1.0]', 'None')
+    """
+    if value is None:
+        return "None"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return f"the {type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def number(name: str, value: Any) -> float:
+    """Takes Python's and NumPy's real numbers.
+
+    Raises:
+        ValueError: anything else, or NaN.
+    """
+    # type() first, because Dynamo sees a number that varies from call to call as no instance of anything
+    if type(value) not in (int, float):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            as_number = f": give {name}.item()" if getattr(value, "ndim", None) == 0 or isinstance(value, Tensor) else ""
+            raise ValueError(f"{name} must be a number, got {described(value)}{as_number}.")
+        value = float(value)
+    if value != value:
+        raise ValueError(f"{name} must be a number, got nan.")
+    return value
+
+
+def finite(name: str, value: Any) -> float:
+    value = number(name, value)
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be compiled for a value that varies
+        raise ValueError(f"{name} must be a finite number, got {value}.")
+    return value
+
+
+def blur_sigma(value: Any) -> float:
+    value = finite("blur_sigma", value)
+    if value < 0:
+        raise ValueError(f"blur_sigma is a standard deviation in latent pixels, 0 (no blur) or more, got {value}.")
+    return value
+
+
+def blur_kernel_size(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1 or value % 2 == 0:
+        raise ValueError(f"blur_kernel_size must be an odd number of latent pixels, such as 9, got {described(value)}.")
+    return int(value)
+
+
+def sigma_range(value: Any) -> tuple[float, float]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise ValueError(f"sigma_range is (lowest, highest) sigma, got {described(value)}.")
+    low, high = (number("each end of sigma_range", end) for end in value)
+    if low < 0:
+        raise ValueError(f"sigma_range is (lowest, highest) sigma, which is 0 or more, got {low} as the lowest.")
+    if low > high:
+        raise ValueError(f"sigma_range is (lowest, highest) sigma, got {(low, high)}: give {(high, low)}?")
+    return low, high
+
+
+def cfg_rule(value: Any) -> Callable:
+    if not callable(value):
+        raise ValueError(f"cfg_rule is a function of (u, g, cond_scale, x, sigma), such as ksag.cfg.plain, got {described(value)}.")
+    return value
+
+
+def cond_key(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"cond_key is the keyword under which inner_model takes cond, or None, got {described(value)}.")
+    return value
+
+
+def names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"shared_kwargs is a list of keywords, such as ['pos_embed'], got {described(value)}.")
+    return tuple(value)
+
+
+def flag(name: str) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is True or False, got {described(value)}.")
+        return value
+
+    return check
+
+
+class Parameter(NamedTuple):
+    check: Callable[[Any], Any]
+    """value → the value as it is kept; raises a ValueError that says what came and what was expected."""
+    per_call: bool = False
+    """Whether a call may give it too, in place of the constructor's."""
+
+
+PARAMETERS = {
+    "sag_scale": Parameter(lambda value: finite("sag_scale", value), per_call=True),
+    "blur_sigma": Parameter(blur_sigma, per_call=True),
+    "blur_kernel_size": Parameter(blur_kernel_size),
+    "mask_threshold": Parameter(lambda value: finite("mask_threshold", value), per_call=True),
+    "sigma_range": Parameter(sigma_range),
+    "cfg_rule": Parameter(cfg_rule),
+    "cond_key": Parameter(cond_key),
+    "batch_cond": Parameter(flag("batch_cond")),
+    "shared_kwargs": Parameter(names),
+}
+"""In the order in which they are shown. Their defaults stand in `SAGDenoiser`'s signature."""
+
+PER_CALL = tuple(name for name, parameter in PARAMETERS.items() if parameter.per_call)

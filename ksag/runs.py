@@ -1,0 +1,62 @@
+"""What one call of a sampling run leaves for the next one."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ksag.threads import PerThread
+
+RISE = 1.5
+"""A run begins where sigma rises by more than this. Within a run it falls, or rises by at most √2: Heun's churn."""
+
+
+class Kept(NamedTuple):
+    sigma: Tensor
+    """(b,) noise levels of the call that left it."""
+    value: Tensor
+    """(b, c, h, w)"""
+
+
+class Run:
+    """A tensor that lasts from one call of a sampling run to the next, for each thread and each sample.
+
+    A sample begins a run where its sigma is more than 1.5 times that of the last call, which is decided on the device; all of them
+    do at another shape, dtype or device, and after `reset()`. No gradient flows from one call to the next.
+
+    >>> run = Run()
+    >>> run.keep(torch.tensor([2.0, 2.0]), torch.ones(2, 1, 1, 1))
+    >>> run.last(torch.tensor([1.0, 9.0]), torch.zeros(2, 1, 1, 1)).flatten()
+    tensor([1., 0.])
+    """
+
+    def __init__(self) -> None:
+        self._kept: PerThread[Kept | None] = PerThread(None)
+
+    def last(self, sigma: Tensor, like: Tensor) -> Tensor:
+        """What the last call of the run kept, shaped as `like`; zeros for each sample that begins a run at `sigma`, (b,)."""
+        kept = self._kept.get()
+        if kept is None or (kept.value.shape, kept.value.dtype, kept.value.device) != (like.shape, like.dtype, like.device):
+            return torch.zeros_like(like)
+        begins = sigma > RISE * kept.sigma
+        return torch.where(begins[:, None, None, None], torch.zeros_like(like), kept.value)
+
+    def keep(self, sigma: Tensor, value: Tensor) -> None:
+        """Leaves `value`, (b, c, h, w), of a call at `sigma`, (b,), for the next call."""
+        self._kept.set(Kept(sigma.detach().clone(), value.detach()))
+
+    def reset(self) -> None:
+        """Begins a run at this thread's next call."""
+        self._kept.set(None)
+
+
+@contextlib.contextmanager
+def ended_by_errors(reset: Callable[[], None]) -> Iterator[None]:
+    """Calls `reset` where the block is left by an error, Ctrl-C included: what one call left half done is nothing to go on from."""
+    try:
+        yield
+    except BaseException:
+        reset()
+        raise

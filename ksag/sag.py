@@ -1,0 +1,59 @@
+"""Self-Attention Guidance itself, steps 3 to 6: from a prediction and what the model attended to in it, to a direction.
+
+Hong et al., "Improving Sample Quality of Diffusion Models Using Self-Attention Guidance", ICCV 2023, arXiv:2210.00939, section 4.3.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ksag.degrade import attention_mask, degrade
+
+
+class Guidance(NamedTuple):
+    """What Self-Attention Guidance makes of one prediction."""
+
+    mask: Tensor
+    """(b, 1, h, w) float32 ones where the saliency is above the threshold, zeros elsewhere."""
+    degraded: Tensor
+    """(b, c, h, w) d: u, blurred under the mask."""
+    reevaluated: Tensor
+    """(b, c, h, w) r: what the model makes of the degraded latent."""
+
+    @property
+    def direction(self) -> Tensor:
+        """(b, c, h, w) d − r: away from the degraded prediction. Add it to the guided prediction, times sag_scale."""
+        return self.degraded - self.reevaluated
+
+
+def self_attention_guidance(
+    u: Tensor,
+    x: Tensor,
+    saliency: Tensor,
+    denoise: Callable[[Tensor], Tensor],
+    *,
+    blur_sigma: float = 2.0,
+    blur_kernel_size: int = 9,
+    mask_threshold: float = 1.0,
+) -> Guidance:
+    """Takes away from a prediction what the model attended to in it, and asks the model again under the same noise.
+
+    `SAGDenoiser` calls this at each step. A host that computes its predictions itself can call it too:
+
+        direction = self_attention_guidance(u, x, saliency, lambda x: denoise(x, sigma, uncond)).direction
+        guided = cfg + direction * sag_scale
+
+    Args:
+        u: the unconditional prediction, (b, c, h, w), or the only one.
+        x: the noisy latent that it was made from, (b, c, h, w).
+        saliency: how much attention each token received meanwhile, (b, h', w'); its mean is 1.
+        denoise: the model at the same noise level and conditioning as for u: noisy latent → denoised latent.
+        blur_sigma: standard deviation of the blur, in latent pixels; 0 is no blur.
+        blur_kernel_size: odd number of latent pixels that the blur spans; both sides of u are longer than half of it.
+        mask_threshold: tokens that received more than this many times the average attention are blurred.
+    """
+    mask = attention_mask(saliency, mask_threshold, (u.shape[2], u.shape[3]))
+    d = degrade(u, mask, blur_sigma, blur_kernel_size)
+    r = denoise(d + (x - u))
+    return Guidance(mask, d, r)
