@@ -30,7 +30,7 @@ def number(name: str, value: Any) -> float:
     """Takes Python's and NumPy's real numbers.
 
     Raises:
-        ValueError: anything else, or NaN.
+        ValueError: anything else.
     """
     # type() first, because Dynamo sees a number that varies from call to call as no instance of anything
     if type(value) not in (int, float):
@@ -38,8 +38,6 @@ def number(name: str, value: Any) -> float:
             as_number = f": give {name}.item()" if getattr(value, "ndim", None) == 0 or isinstance(value, Tensor) else ""
             raise ValueError(f"{name} must be a number, got {described(value)}{as_number}.")
         value = float(value)
-    if value != value:
-        raise ValueError(f"{name} must be a number, got nan.")
     return value
 
 
@@ -69,7 +67,7 @@ def sigma_range(value: Any) -> tuple[float, float]:
     low, high = (number("each end of sigma_range", end) for end in value)
     if low < 0:
         raise ValueError(f"sigma_range is (lowest, highest) sigma, which is 0 or more, got {low} as the lowest.")
-    if low > high:
+    if not low <= high:
         raise ValueError(f"sigma_range is (lowest, highest) sigma, got {(low, high)}: give {(high, low)}?")
     return low, high
 

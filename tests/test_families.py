@@ -88,7 +88,8 @@ CASES = {
     "k-diffusion transformer v2": Case(lambda: models.ChannelsLast(32), alone, "mid_level.0"),
     "CompVis": Case(models.compvis_unet, compvis_call, "middle_block.1.transformer_blocks.0.attn1", 4),
     "CompVis, memory efficient": Case(
-        lambda: Around("middle_block.1", models.SpatialTransformer(32)), alone, "middle_block.1.attn1", factor=1, sizes=((8, 8), (7, 9))
+        lambda: Around("middle_block.1", models.SpatialTransformer(32)), alone, "middle_block.1.attn1", factor=1,
+        sizes=((8, 8), (7, 9)),
     ),
     "guided-diffusion, legacy order": Case(models.openai_unet(False), with_sigma, "middle_block.1", 4),
     "guided-diffusion, new order": Case(models.openai_unet(True), with_sigma, "middle_block.1", 4),
@@ -225,10 +226,48 @@ def guided_by(block):
     return ksag.SAGDenoiser(Guidable(block).eval().requires_grad_(False), attention="mine")
 
 
-class Masked(Unknown):
+class Masked(nn.Module):
+    """Attends with what it is told, and two key heads for four of queries."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+        self.q, self.kv = nn.Linear(32, 32), nn.Linear(32, 32)
+
     def forward(self, x):
-        tokens = x.flatten(2).mT[:, None]
-        return F.scaled_dot_product_attention(tokens, tokens, tokens, is_causal=True)[:, 0].mT.reshape(x.shape)
+        tokens = x.flatten(2).mT
+        q = self.q(tokens).unflatten(-1, (4, 8)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.kv(tokens).chunk(2, dim=-1))
+        self.told = q, k.repeat_interleave(2, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **self.options)
+        return x + y.transpose(1, 2).flatten(2).mT.reshape(x.shape)
+
+
+ALLOWED = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.7
+BIAS = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(0)) * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "bias"),
+    [
+        ({}, 0.0),
+        ({"is_causal": True}, torch.full((64, 64), -torch.inf).triu(1)),
+        ({"attn_mask": ALLOWED}, torch.where(ALLOWED, 0.0, -torch.inf)),
+        ({"attn_mask": BIAS}, BIAS),
+        ({"attn_mask": ALLOWED[:, 0, :1].expand(2, 64, 64)[:, None]}, torch.where(ALLOWED[:, :, :1], 0.0, -torch.inf)),
+    ],
+    ids=["none", "causal", "boolean", "bias", "keys"],
+)
+def test_a_mask_and_grouped_keys_are_read_as_they_are(options, bias):
+    guided = guided_by(Masked(**options))
+    with guided.trace() as steps:
+        guided(torch.randn(2, 3, 8, 8), torch.ones(2))
+    with guided.tap.recording(2) as seen:
+        guided.inner_model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.ones(2))
+    q, k = (t.double() for t in guided.tap.layer.told)
+    expected = (q @ k.mT * 8**-0.5 + bias).softmax(-1).mean(1).sum(1).view(2, 8, 8)
+    torch.testing.assert_close(seen.saliency().double(), expected, rtol=1e-5, atol=1e-6)
+    assert steps[0].saliency.shape == (2, 8, 8)
 
 
 class Twice(nn.Module):
@@ -255,7 +294,6 @@ class NoCall(Unknown):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (Masked(32), "has a mask"),
         (Twice(), "calls scaled_dot_product_attention 2 times"),
         (NoCall(32), "calls scaled_dot_product_attention 0 times"),
         (Windows(32), r"has queries \(4, 1, 32, 32\)"),
@@ -287,8 +325,8 @@ def test_list_attention_is_a_table_here_and_in_a_notebook():
     model = build(CASES["diffusers"])
     layers = ksag.list_attention(model)
     lines = repr(layers).splitlines()
-    assert len(lines) == 1 + len(layers) and lines[0].split() == ["path", "family", "heads", "grid"]
-    assert any(MID_ATTN1 in line and line.endswith("?") for line in lines)
+    assert len(lines) == 1 + len(layers) and lines[0].split() == ["path", "family", "heads", "grid", "checked"]
+    assert any(MID_ATTN1 in line and line.endswith("?     no") for line in lines)
     assert layers._repr_html_().count("<tr>") == 1 + len(layers)
 
     tap = AttentionTap(model, "middle")
@@ -305,4 +343,4 @@ def test_list_attention_of_a_family_that_it_does_not_know():
     model = nn.Sequential(MyAttention(8), nn.MultiheadAttention(8, 2))
     by_path, unreadable = ksag.list_attention(model)
     assert by_path.path == "0" and "by path, if it calls scaled_dot_product_attention" in by_path.family
-    assert unreadable.path == "1" and unreadable.family == "unknown MultiheadAttention: cannot be read"
+    assert unreadable.path == "1" and unreadable.family == "unknown MultiheadAttention: not supported"

@@ -36,8 +36,10 @@ _stack = stack("transformer_blocks")
 
 
 def _unet_or_stack(model: nn.Module, paths: Sequence[str]) -> list[Place]:
-    """A UNet's blocks hold stacks of transformer blocks as well."""
-    return _unet(model, paths) or _stack(model, paths)
+    """A UNet's blocks hold stacks as well, but only a whole transformer embeds positions."""
+    transformers = [path for path, module in model.named_modules() if has_modules(module, "transformer_blocks", "pos_embed")]
+    of_transformers = [path for path in paths if path.partition(".transformer_blocks")[0] in transformers or "" in transformers]
+    return _unet(model, paths) or _stack(model, of_transformers)
 
 
 ATTENTION = Family(

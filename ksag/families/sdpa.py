@@ -95,10 +95,8 @@ def _mask(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
         return None
     else:
         mask = call.attn_mask.detach()
-    if mask.ndim == 3 and mask.shape[0] == b * heads != b:  # beside queries of (b heads, tokens, dim)
+    if call.query.ndim == mask.ndim == 3 and mask.shape[0] > 1:  # (b heads, tokens, keys)
         mask = mask.unflatten(0, (b, heads))
-    elif mask.ndim == 3:
-        mask = mask.unsqueeze(1)
     return mask.expand(b, heads, tokens, k.shape[2])
 
 
