@@ -229,7 +229,7 @@ def measure(model: str, side: int, batch: int, budget: float, compile_: bool) ->
     }
     if model == "SD 1.5":
         timers[PIPELINE] = sag_pipeline(bare, inputs)
-    for timer in timers.values():
+    for timer in [*timers.values()] * 2:  # a wrapper's first step is checked, and therefore eager
         timer()
     peaks |= {name: peak_bytes(steps[name], DEVICE) for name in (FLOOR, CFG, EAGER, COMPILE) if name in steps}
     outputs = {name: computed(wrapper, inputs) for name, wrapper in wrappers.items()}

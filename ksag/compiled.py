@@ -32,12 +32,15 @@ def refuse(modules: Iterable[nn.Module], path: str) -> None:
             )
 
 
-def turn(compiled: bool) -> contextlib.AbstractContextManager[Any]:
+def turn(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     """Has threads take turns with compiled models: hooks in them cannot tell threads apart, nor is Dynamo made for several."""
-    return _turns if compiled and not torch.compiler.is_compiling() else contextlib.nullcontext()
+    return _turns if wanted and not torch.compiler.is_compiling() else contextlib.nullcontext()
 
 
 def eagerly(wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """Runs compiled code as the Python it was compiled from, if wanted, and if this PyTorch can (2.6 or later)."""
+    """Runs compiled code as the Python it was compiled from, if wanted, and if this PyTorch can (2.6 or later).
+
+    It does so for the whole process, and so belongs in a `turn`.
+    """
     can = hasattr(torch.compiler, "set_stance") and not torch.compiler.is_compiling()
     return torch.compiler.set_stance("force_eager") if wanted and can else contextlib.nullcontext()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ksag import cfg, checks, table
 from ksag.conditioning import Conditioning
 from ksag.graphs import CUDAGraphs
-from ksag.parameters import PARAMETERS, finite
+from ksag.parameters import PARAMETERS, finite, flag
 from ksag.passes import Passes
 from ksag.runs import ended_by_errors
 from ksag.sag import Guidance, self_attention_guidance
@@ -32,7 +32,7 @@ class SAGDenoiser(nn.Module):
 
     Forward hooks on one self-attention layer see what the model attends to; nothing in `inner_model` is replaced or
     altered, and `close()`, leaving a `with` block, or dropping the wrapper removes them. Compile `inner_model` after
-    wrapping it, not before. Every parameter is an attribute that may be assigned later.
+    wrapping it, not before. The parameters are attributes that may be assigned later, but for `attention` and `check_attention`.
 
     At the first guided call, and when the layer is seen to attend in another way, what the hooks read is checked against what
     the layer computed.
@@ -92,7 +92,7 @@ class SAGDenoiser(nn.Module):
         self.cond_key = cond_key
         self.batch_cond = batch_cond
         self.shared_kwargs = shared_kwargs
-        self.tap = AttentionTap(inner_model, attention, check=check_attention)
+        self.tap = AttentionTap(inner_model, attention, check=flag("check_attention")(check_attention))
         self._passes = Passes(self.tap)
         self._traces: PerThread[tuple[Trace, ...]] = PerThread(())
         weakref.finalize(self, self.tap.close)

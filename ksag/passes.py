@@ -103,14 +103,11 @@ class Passes:
         to_check = model_pass.record and self.tap.to_check
         self._asking.set(True)
         try:
-            with compiled.turn(self.tap.is_compiled(model_pass.inner_model)):
-                if to_check and self.graphs is not None:
-                    with compiled.eagerly(True):
-                        model_pass(*args)
-                if self.graphs is not None:
-                    return self.graphs(model_pass, *args)
-                with compiled.eagerly(to_check):
-                    return model_pass(*args)
+            with compiled.turn(to_check or self.tap.is_compiled(model_pass.inner_model)):
+                if self.graphs is None or to_check:
+                    with compiled.eagerly(to_check):
+                        answer = model_pass(*args)
+                return answer if self.graphs is None else self.graphs(model_pass, *args)
         finally:
             self._asking.set(False)
 

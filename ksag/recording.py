@@ -56,7 +56,7 @@ class Recording:
         if self.missing:
             raise RuntimeError(
                 f"{self.path!r} ran for {self.rows - self.missing} of the latent's {self.rows} samples while inner_model ran, so "
-                f"there is nothing to guide by. Is the layer part of this forward? Was the model compiled before it was "
-                f"wrapped, or its attention replaced since? Then wrap it anew, and compile afterwards."
+                f"there is nothing to guide by. Is the layer part of this forward, and are its own projections used? Was the model "
+                f"compiled before it was wrapped, or its attention replaced since? Then wrap it anew, and compile afterwards."
             )
         return torch.cat(self.maps) if len(self.maps) > 1 else self.maps[0]

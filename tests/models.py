@@ -7,8 +7,6 @@ import k_diffusion as K
 import torch
 from denoising_diffusion_pytorch import KarrasUnet, Unet
 from diffusers import UNet2DConditionModel, UNet2DModel
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,6 +47,8 @@ def hooks(model):
 
 
 def openai_unet(new_order):
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel  # here and below, because not every machine has them
+
     return lambda: UNetModel(
         image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1, attention_resolutions=[2],
         channel_mult=[1, 2], num_heads=2, use_new_attention_order=new_order,
@@ -56,6 +56,8 @@ def openai_unet(new_order):
 
 
 def compvis_unet():
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
     return UNetModel(
         image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1, attention_resolutions=[1, 2],
         channel_mult=[1, 2], num_heads=2, use_spatial_transformer=True, transformer_depth=1, context_dim=64,
@@ -79,6 +81,8 @@ def fused():
 
 
 def with_lora():
+    from peft import LoraConfig
+
     model = conditional()
     model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False))
     return model
@@ -384,3 +388,38 @@ CASES = {
         lambda: Around("mine", Unknown(32)), alone, "mine", factor=1, sizes=((8, 8), (7, 9)), attention="mine"
     ),
 }  # fmt: skip
+
+
+class WatchAttention(torch.overrides.TorchFunctionMode):
+    """The attention, float64, of every softmax over keys and every scaled_dot_product_attention while a module runs."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.inside, self.seen = False, []
+        self.handles = [
+            module.register_forward_pre_hook(lambda *_: setattr(self, "inside", True)),
+            module.register_forward_hook(lambda *_: setattr(self, "inside", False)),
+        ]
+
+    def __exit__(self, *exc_info):
+        for handle in self.handles:
+            handle.remove()
+        return super().__exit__(*exc_info)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if self.inside and func is F.scaled_dot_product_attention:
+            self.seen.append(self.applied(*args, **(kwargs or {})))
+        elif self.inside and func in (torch.softmax, torch.Tensor.softmax, F.softmax):
+            self.seen.append(out.detach().double())
+        return out
+
+    @staticmethod
+    def applied(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        q, k = q.detach().double(), k.detach().double()
+        if enable_gqa:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+        return logits.softmax(-1)
