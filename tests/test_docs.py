@@ -1,5 +1,6 @@
 """The documentation: a site that builds without a warning and reads without a network, examples that run, no name left out."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -13,8 +14,8 @@ import nbformat
 import pytest
 import torch
 
-import ksag
-from tests.test_same_image import LatentDiffusion
+import ksag.families
+from tests.models import LatentDiffusion
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -58,9 +59,10 @@ def test_the_site_loads_nothing_from_elsewhere(site):
                 assert (page.parent / local).is_file(), f"{page.relative_to(site)} loads {address!r}"
 
 
-def test_formulas_are_mathml(site):
-    text = (site / "algorithm.html").read_text()
-    source = (ROOT / "docs/algorithm.md").read_text()
+@pytest.mark.parametrize("page", ["algorithm", "guidance-rules"])
+def test_formulas_are_mathml(site, page):
+    text = (site / f"{page}.html").read_text()
+    source = (ROOT / f"docs/{page}.md").read_text()
     assert text.count('display="block"') == source.count("\n$$\n") // 2
     assert "<mfrac>" in text and "arithmatex" not in text and "$" not in re.sub(r"<script.*?</script>", "", text, flags=re.S)
 
@@ -78,25 +80,116 @@ def test_the_performance_page_has_the_table_of_the_gpu(site):
     assert first_cells and all(f">{cell}</t" in text for cell in first_cells)
 
 
-# The examples. (Those of diffusers.md run in test_diffusers.py; fragments, which cannot run alone, are marked py, not python.)
+# The examples, those of a page one after the other. (Those of diffusers.md run in test_diffusers.py; fragments, which cannot run
+# alone, are marked py, not python.)
 
 
-EXAMPLES = [
-    pytest.param(code, id=f"{page}-{i}")
-    for page in ("index", "families", "parameters", "samplers")
-    for i, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S))
-]
+@pytest.fixture
+def families(monkeypatch):
+    """The families, for a page that adds one to them."""
+    monkeypatch.setattr(ksag.families, "FAMILIES", list(ksag.families.FAMILIES))
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs(code):
+def examples(page):
+    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S))
+
+
+def run(code):
+    """What the examples of a page define, run one after the other as they stand."""
     model = LatentDiffusion()
     c, uc = ({"c_crossattn": [torch.randn(1, 7, 64)]} for _ in range(2))
     names = {"model": model, "c": c, "uc": uc, "noise": torch.randn(1, 4, 8, 8)}
     names["sigmas"] = K.external.CompVisDenoiser(model).get_sigmas(3)
     exec(compile(code, "docs", "exec"), names)
-    result = names.get("x", names.get("images"))
-    assert result is None or result.isfinite().all()
+    for name in {"x", "images"} & names.keys():
+        assert names[name].isfinite().all()
+    return names
+
+
+@pytest.mark.parametrize("page", ["index", "families", "parameters", "guidance-rules", "samplers"])
+def test_examples_run(page, families):
+    code = examples(page)
+    assert code
+    run(code)
+
+
+def test_the_family_of_your_own_is_read_and_checked(families, capsys):
+    names = run(examples("families"))
+    assert "attention checked" in repr(names["guided"])
+    (shown,) = re.findall(r"```text\n(.*?)```", (ROOT / "docs/families.md").read_text(), re.S)
+    assert capsys.readouterr().out.endswith(shown)
+
+
+def test_a_wrong_reading_by_a_family_of_your_own_is_an_error(families):
+    right = "return Attention(q, k, v,"
+    code = examples("families")
+    assert code.count(right) == 1
+    with pytest.raises(ValueError, match=r"'blocks\.1\.0' is a Looking, read as a my Looking, but"):
+        run(code.replace(right, "return Attention(k, q, v,"))
+
+
+def test_the_rule_of_your_own_guides_between_its_noise_levels():
+    names = run(examples("guidance-rules"))
+    guided, args, x = names["guided"], names["extra_args"], torch.randn(2, 3, 32, 32)
+    assert guided.cfg_rule is names["interval"]
+
+    def denoised(sigma, rule, **options):
+        guided.cfg_rule = rule
+        return guided(x * sigma, torch.full((2,), sigma), **{**args, **options}, sag_scale=0.0)
+
+    assert torch.equal(denoised(2.0, names["interval"]), denoised(2.0, ksag.cfg.plain))
+    outside = denoised(9.0, names["interval"])
+    torch.testing.assert_close(outside, denoised(9.0, ksag.cfg.plain, cond_scale=1.0), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outside, denoised(9.0, ksag.cfg.plain), atol=1e-3)
+
+
+# The rooms
+
+
+ROOMS = [
+    re.findall(r"`(ksag/[^`]+)`", row.split(" | ")[0])
+    for row in re.findall(r"^\| `ksag/.*$", (ROOT / "docs/where-to-put.md").read_text().split("## The rooms")[1], re.M)
+]
+LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def room_of(path):
+    """A file's room: the file itself, or the folder that it is in."""
+    name = path.relative_to(ROOT).as_posix()
+    return name if name in LEVELS else f"{name.rpartition('/')[0]}/"
+
+
+def imported(path):
+    """The files of ksag that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for module in modules:
+            base = ROOT / module.replace(".", "/")
+            yield from (file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file())
+
+
+def test_every_file_has_a_room():
+    files = {path for path in (ROOT / "ksag").rglob("*.py") if path.parent != ROOT / "ksag" or not path.name.startswith("__")}
+    assert {room_of(path) for path in files} == LEVELS.keys()
+
+
+def test_the_rooms_know_those_below_them():
+    upwards = [
+        (path.name, other.name)
+        for path in (ROOT / "ksag").rglob("*.py")
+        for other in imported(path)
+        if room_of(path) in LEVELS and room_of(other) in LEVELS and LEVELS[room_of(other)] < LEVELS[room_of(path)]
+    ]
+    assert not upwards
+
+
+def test_every_place_that_the_page_names_exists():
+    places = re.findall(r"`((?:ksag|tests|scripts)/[^`]*)`", (ROOT / "docs/where-to-put.md").read_text())
+    assert places and not [place for place in places if not (ROOT / place).exists()]
 
 
 # The names
@@ -110,9 +203,10 @@ def public(module):
 
 MODULES = (
     "samplers", "zoo", "adapters.diffusers", "plot", "explore", "picture",
-    "attention", "conditioning", "degrade", "families", "saliency", "tap",
+    "attention", "cfg", "compiled", "conditioning", "degrade", "families", "families.family", "families.sdpa", "recording", "runs",
+    "sag", "saliency", "selfcheck", "tap",
 )  # fmt: skip
-INSIDE = {"Settings", "Result", "Session", "Newest"}  # what ksag.explore.explore is made of
+INSIDE = {"Settings", "Result", "Session", "Newest", "Kept", "has_modules"}  # what others are made of
 EXPORTED = {f"ksag.{name}": getattr(ksag, name) for name in ksag.__all__}
 NAMES = EXPORTED | {
     f"ksag.{module}.{name}": value
