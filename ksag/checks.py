@@ -39,7 +39,7 @@ def call(x: Any, sigma: Any, cond: Any, uncond: Any, cond_scale: Any, cond_key: 
     if cond is not None:
         conditioning.check(cond if uncond is None else uncond, cond, batch)
         keywords = cond.keys() if cond_key is None else [cond_key]
-        if twice := sorted(kwargs.keys() & keywords):
+        if twice := [name for name in keywords if name in kwargs]:
             raise TypeError(f"{', '.join(twice)} came twice: in cond, and as a keyword of its own. Give it once.")
 
 

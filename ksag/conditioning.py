@@ -123,11 +123,12 @@ def check(uncond: Conditioning, cond: Conditioning, batch: int) -> None:
     """
     sides = {"uncond": dict(leaves(uncond)), "cond": dict(leaves(cond))}
     for name, other in ("uncond", "cond"), ("cond", "uncond"):
-        for place in sides[other].keys() - sides[name].keys():
-            raise ValueError(
-                f"{other}{place} is {described(sides[other][place])}, and {name} has nothing there: both must have the same "
-                f"nesting, with the same keys and lengths."
-            )
+        for place, leaf in sides[other].items():
+            if place not in sides[name]:
+                raise ValueError(
+                    f"{other}{place} is {described(leaf)}, and {name} has nothing there: both must have the same nesting, with the "
+                    f"same keys and lengths."
+                )
     for place, u in sides["uncond"].items():
         c = sides["cond"][place]
         if isinstance(u, Tensor) != isinstance(c, Tensor) or not (isinstance(u, Tensor) or _same(u, c)):

@@ -131,8 +131,8 @@ class CUDAGraphs:
     def __len__(self) -> int:
         return len(self._kept.captured)
 
-    def __call__(self, function: Callable, *args: Any) -> Any:
-        """`function(*args)`; two functions are the same if they are equal, and the first argument is a tensor."""
+    def __call__(self, function: Callable, *args: Any, key: Hashable = None) -> Any:
+        """`function(*args)`, the first of which is a tensor. Functions that have a key in common do the same."""
         if torch.is_grad_enabled() or not _on_cuda(args[0]):
             return function(*args)
         kept = self._kept
@@ -143,7 +143,7 @@ class CUDAGraphs:
         places = [(f"{name}{place}", leaf) for name, arg in zip(names, args, strict=True) for place, leaf in leaves(arg)]
         autocast = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         stream = device, torch.cuda.current_stream(device).cuda_stream
-        key = function, stream, autocast, tuple(_signature(place, leaf) for place, leaf in places)
+        key = key or function, stream, autocast, tuple(_signature(place, leaf) for place, leaf in places)
         captured = kept.captured.get(key)
         if captured is None:
             with _capturing:

@@ -1,7 +1,6 @@
 """How the model is asked: what is batched, recorded, and replayed as a graph."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +13,22 @@ from ksag.tap import AttentionTap
 from ksag.threads import PerThread
 
 
-@dataclass(frozen=True)
 class Pass:
-    """One call of the model, for one or more latents of the same shape and their conditionings, in one batch."""
+    """One call of the model, for one or more latents of the same shape and their conditionings, in one batch.
 
-    inner_model: nn.Module
-    cond_key: str | None
-    shared: Sequence[str]
-    tap: AttentionTap
-    record: bool
-    """Whether to record what the model attends to on the first latent."""
+    Args:
+        inner_model, cond_key, shared: as for `Passes`.
+        tap: what records the attention.
+        record: whether to record what the model attends to on the first latent.
+    """
+
+    def __init__(self, inner_model: nn.Module, cond_key: str | None, shared: Sequence[str], tap: AttentionTap, record: bool):
+        self.inner_model, self.cond_key, self.shared, self.tap, self.record = inner_model, cond_key, shared, tap, record
+
+    @property
+    def key(self) -> tuple:
+        """What is the same for two passes that do the same."""
+        return self.inner_model, self.cond_key, self.shared, self.record
 
     def __call__(
         self, sigma: Tensor, latents: Sequence[Tensor], conds: Sequence[Conditioning], kwargs: dict[str, Any]
@@ -107,7 +112,7 @@ class Passes:
                 if self.graphs is None or to_check:
                     with compiled.eagerly(to_check):
                         answer = model_pass(*args)
-                return answer if self.graphs is None else self.graphs(model_pass, *args)
+                return answer if self.graphs is None else self.graphs(model_pass, *args, key=model_pass.key)
         finally:
             self._asking.set(False)
 

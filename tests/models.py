@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import k_diffusion as K
 import torch
-from denoising_diffusion_pytorch import KarrasUnet, Unet
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.nn import functional as F
@@ -47,12 +46,15 @@ def hooks(model):
 
 
 def openai_unet(new_order):
-    from ldm.modules.diffusionmodules.openaimodel import UNetModel  # here and below, because not every machine has them
+    def build():
+        from ldm.modules.diffusionmodules.openaimodel import UNetModel  # here and below, because not every machine has them
 
-    return lambda: UNetModel(
-        image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1, attention_resolutions=[2],
-        channel_mult=[1, 2], num_heads=2, use_new_attention_order=new_order,
-    )  # fmt: skip
+        return UNetModel(
+            image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1, attention_resolutions=[2],
+            channel_mult=[1, 2], num_heads=2, use_new_attention_order=new_order,
+        )  # fmt: skip
+
+    return build
 
 
 def compvis_unet():
@@ -62,6 +64,12 @@ def compvis_unet():
         image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1, attention_resolutions=[1, 2],
         channel_mult=[1, 2], num_heads=2, use_spatial_transformer=True, transformer_depth=1, context_dim=64,
     )  # fmt: skip
+
+
+def lucidrains(name, *args, **options):
+    import denoising_diffusion_pytorch
+
+    return getattr(denoising_diffusion_pytorch, name)(*args, **options)
 
 
 def conditional(**options):
@@ -374,15 +382,15 @@ CASES = {
     "diffusers, norm_q and norm_k": Case(with_norms, diffusers_call, MID_ATTN1, 4),
     "diffusers, unconditional": Case(unconditional, lambda m, x: m(x, 500), "mid_block.attentions.0"),
     "lucidrains": Case(
-        lambda: Unet(32, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2), with_sigma, "mid_attn", memory=4
+        lambda: lucidrains("Unet", 32, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2), with_sigma, "mid_attn", memory=4
     ),
     "lucidrains, flash": Case(
-        lambda: Unet(32, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2, flash_attn=True), with_sigma,
+        lambda: lucidrains("Unet", 32, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2, flash_attn=True), with_sigma,
         "mid_attn", memory=4,
     ),
     "lucidrains, KarrasUnet": Case(
-        lambda: KarrasUnet(image_size=16, dim=32, dim_max=64, channels=3, num_downsamples=1, num_blocks_per_stage=1, attn_res=(8,),
-                           attn_dim_head=16), with_sigma, "mids.0.attn", memory=4, sizes=((16, 16),),
+        lambda: lucidrains("KarrasUnet", image_size=16, dim=32, dim_max=64, channels=3, num_downsamples=1, num_blocks_per_stage=1,
+                           attn_res=(8,), attn_dim_head=16), with_sigma, "mids.0.attn", memory=4, sizes=((16, 16),),
     ),
     "any other": Case(
         lambda: Around("mine", Unknown(32)), alone, "mine", factor=1, sizes=((8, 8), (7, 9)), attention="mine"

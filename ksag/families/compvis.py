@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ksag.families.family import Attention, Family, Seen, from_tokens, has_modules
+from ksag.families.family import Attention, Family, Seen, from_tokens, has_modules, ran
 from ksag.families.openai import MIDDLE
 
 
@@ -25,7 +25,7 @@ def _is_attention(layer: Any, path: str, parent: nn.Module) -> bool:
 
 
 def _read(layer: Any, seen: Seen) -> Attention | None:
-    if not {"to_q", "to_k", "to_v"} <= seen.keys():
+    if not ran(seen, "to_q", "to_k", "to_v"):
         return None
     return from_tokens(seen["to_q"][0], seen["to_k"][0], seen["to_v"][0], layer.heads, getattr(layer, "scale", None))
 

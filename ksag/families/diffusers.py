@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ksag.families.family import Attention, Family, Place, Seen, from_tokens, has_modules, stack, unet
+from ksag.families.family import Attention, Family, Place, Seen, from_tokens, has_modules, ran, stack, unet
 
 
 def _is_attention(layer: Any, path: str, parent: nn.Module) -> bool:
@@ -23,7 +23,7 @@ def _read(layer: Any, seen: Seen) -> Attention | None:
     # to_q and to_k stay there beside a fused to_qkv, and norm_q and norm_k need not be used: what ran says which
     if "to_qkv" in seen:
         q, k, v = seen["to_qkv"][0].chunk(3, dim=-1)
-    elif {"to_q", "to_k", "to_v"} <= seen.keys():
+    elif ran(seen, "to_q", "to_k", "to_v"):
         q, k, v = (seen[name][0] for name in ("to_q", "to_k", "to_v"))
     else:
         return None

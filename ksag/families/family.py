@@ -85,7 +85,13 @@ class Family:
     """The dtype in which the layer attends whatever the model's is, if there is one."""
 
 
+def ran(seen: Seen, *names: str) -> bool:
+    """Whether all of these submodules ran. (Dynamo does not know sets well enough for `<=`.)"""
+    return all(name in seen for name in names)
+
+
 def has_modules(layer: nn.Module, *names: str) -> bool:
+    """Whether all of these are submodules of the layer."""
     return all(isinstance(getattr(layer, name, None), nn.Module) for name in names)
 
 

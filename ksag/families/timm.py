@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ksag.families.family import Attention, Family, Seen, from_tokens, has_modules, stack
+from ksag.families.family import Attention, Family, Seen, from_tokens, has_modules, ran, stack
 
 
 def _is_attention(layer: Any, path: str, parent: nn.Module) -> bool:
@@ -13,7 +13,7 @@ def _is_attention(layer: Any, path: str, parent: nn.Module) -> bool:
 
 
 def _read(layer: Any, seen: Seen) -> Attention | None:
-    if not {"qkv", "q_norm", "k_norm"} <= seen.keys():
+    if not ran(seen, "qkv", "q_norm", "k_norm"):
         return None
     _, _, v = seen["qkv"][0].chunk(3, dim=-1)
     return from_tokens(seen["q_norm"][0], seen["k_norm"][0], v, layer.num_heads, layer.scale)
