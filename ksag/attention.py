@@ -160,7 +160,7 @@ def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[
     layer = inner_model.get_submodule(path)
     family = families.family_of(layer, path, _parent(inner_model, path))
     if is_joint(layer):
-        raise ValueError(f"attention={path!r} is a {type(layer).__name__}, and {JOINT}. {hint(inner_model, path)}")
+        raise ValueError(f"attention={path!r} is a {type(layer).__name__}, and {JOINT}.")
     holds_supported = any(inside.startswith(f"{path}." if path else "") for inside, *_ in _supported(inner_model))
     if family is None and (holds_supported or _is_unsupported(layer)):
         raise ValueError(
@@ -178,7 +178,7 @@ def middle(inner_model: nn.Module) -> str:
     """
     for path, module in inner_model.named_modules():
         if is_joint(module):
-            raise ValueError(f"{path!r} is a {type(module).__name__}, and {JOINT}. {hint(inner_model)}")
+            raise ValueError(f"{path!r} is a {type(module).__name__}, and {JOINT}.")
     layers = list(_supported(inner_model))
     places: list[Place] = []
     for family in families.FAMILIES:

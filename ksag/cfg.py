@@ -55,7 +55,7 @@ def rescale(phi: float = 0.7) -> Rule:
 
     def rule(u: Tensor, g: Tensor, cond_scale: float, x: Tensor, sigma: Tensor) -> Tensor:
         # v is x / (sigma² + 1) − denoised, times a factor that depends on sigma alone and cancels
-        origin = x / (sigma.square() + 1)[:, None, None, None]
+        origin = (x / (sigma.square() + 1)[:, None, None, None]).to(g.dtype)
         v, v_cond = origin - plain(u, g, cond_scale, x, sigma), origin - g
         v_std, v_cond_std = (t.std(SAMPLE, keepdim=True) for t in (v, v_cond))
         shrink = v_cond_std / v_std.clamp(min=torch.finfo(v.dtype).tiny)
@@ -104,7 +104,7 @@ class apg:
             self._run.keep(sigma, difference)
         if self.norm_threshold < math.inf:
             length = torch.linalg.vector_norm(difference, dim=SAMPLE, keepdim=True)
-            difference = difference * (self.norm_threshold / length).clamp(max=1)
+            difference = difference * (self.norm_threshold / length.clamp(min=self.norm_threshold))
         along = F.normalize(g.flatten(1), dim=1).view_as(g)
         parallel = (difference * along).sum(SAMPLE, keepdim=True) * along
         return (g + (cond_scale - 1) * (difference - parallel + self.eta * parallel)).to(dtype)

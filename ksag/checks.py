@@ -39,8 +39,19 @@ def call(x: Any, sigma: Any, cond: Any, uncond: Any, cond_scale: Any, cond_key: 
     if cond is not None:
         conditioning.check(cond if uncond is None else uncond, cond, batch)
         keywords = cond.keys() if cond_key is None else [cond_key]
+        if odd := [name for name in keywords if not isinstance(name, str)]:
+            raise TypeError(f"With cond_key=None, the keys of cond are inner_model's keywords, strings, got {described(odd[0])}.")
         if twice := [name for name in keywords if name in kwargs]:
             raise TypeError(f"{', '.join(twice)} came twice: in cond, and as a keyword of its own. Give it once.")
+
+
+def guided(value: Any, x: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != x.shape:
+        raise TypeError(
+            f"cfg_rule must return the guided prediction, shape {tuple(x.shape)}, got {described(value)}. It is a function of "
+            f"(u, g, cond_scale, x, sigma), such as ksag.cfg.plain, ksag.cfg.rescale() or ksag.cfg.apg()."
+        )
+    return value
 
 
 def denoised(value: Any, x: Tensor) -> Tensor:

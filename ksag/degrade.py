@@ -40,7 +40,7 @@ def gaussian_blur(x: Tensor, sigma: float, kernel_size: int) -> Tensor:
         # in half precision the rounded weights of a Gaussian would no longer sum to 1
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         t = torch.arange(-half, half + 1, device=y.device, dtype=y.dtype).expand(c, -1)
-        g = torch.softmax(t.square() * (-0.5 / max(sigma, SMALLEST_SIGMA) ** 2), dim=1)
+        g = torch.softmax((t / max(sigma, SMALLEST_SIGMA)).square() * -0.5, dim=1)
         y = F.pad(y, (half, half, half, half), mode="reflect")
         y = F.conv2d(y, g[:, None, None], groups=c)
         return F.conv2d(y, g[:, None, :, None], groups=c).to(x.dtype)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksag import cfg, checks, table
+from ksag import checks, table
+from ksag.cfg import Rule, name_of, plain
 from ksag.conditioning import Conditioning
 from ksag.graphs import CUDAGraphs
 from ksag.parameters import PARAMETERS, finite, flag
@@ -75,7 +76,7 @@ class SAGDenoiser(nn.Module):
         mask_threshold: float = 1.0,
         attention: str | nn.Module = "middle",
         sigma_range: tuple[float, float] = (0.0, math.inf),
-        cfg_rule: cfg.Rule = cfg.plain,
+        cfg_rule: Rule = plain,
         cond_key: str | None = "cond",
         batch_cond: bool = True,
         shared_kwargs: Sequence[str] = (),
@@ -144,10 +145,11 @@ class SAGDenoiser(nn.Module):
             u, g = predictions[0], predictions[-1]
 
             # 2. Classifier-free guidance
-            cfg = u if uncond is None else self.cfg_rule(u, g, cond_scale, x, sigma)
+            cfg = u if uncond is None else checks.guided(self.cfg_rule(u, g, cond_scale, x, sigma), x)
+            if uncond is None or self.cfg_rule is not plain:
+                cfg = cfg.clone()  # it may be u or g, which the next pass may overwrite
             if saliency is None:
                 return cfg
-            cfg = cfg.clone() if cfg is u or cfg is g else cfg  # the next pass may overwrite u and g
             kept = self._copies(sigma, saliency, u)
 
             # 3. to 6. Where the model looks, that taken away, and what the model makes of it under the same noise
@@ -260,7 +262,7 @@ class SAGDenoiser(nn.Module):
 
     def _settings(self) -> dict[str, Any]:
         settings = {name: getattr(self, name) for name in PARAMETERS}
-        return {"attention": self.tap.path, **settings, "cfg_rule": cfg.name_of(self.cfg_rule)}
+        return {"attention": self.tap.path, **settings, "cfg_rule": name_of(self.cfg_rule)}
 
     def _state(self) -> str:
         return "closed" if self.tap.closed else "checked" if self.tap.checked else "not checked yet"

@@ -67,14 +67,19 @@ def sigma_range(value: Any) -> tuple[float, float]:
     low, high = (number("each end of sigma_range", end) for end in value)
     if low < 0:
         raise ValueError(f"sigma_range is (lowest, highest) sigma, which is 0 or more, got {low} as the lowest.")
-    if not low <= high:
+    if low != low or high != high:
+        raise ValueError(f"sigma_range is (lowest, highest) sigma, two numbers, got {(low, high)}.")
+    if low > high:
         raise ValueError(f"sigma_range is (lowest, highest) sigma, got {(low, high)}: give {(high, low)}?")
     return low, high
 
 
 def cfg_rule(value: Any) -> Callable:
-    if not callable(value):
-        raise ValueError(f"cfg_rule is a function of (u, g, cond_scale, x, sigma), such as ksag.cfg.plain, got {described(value)}.")
+    if not callable(value) or isinstance(value, type):
+        raise ValueError(
+            f"cfg_rule is a function of (u, g, cond_scale, x, sigma), such as ksag.cfg.plain or ksag.cfg.apg(), "
+            f"got {described(value)}."
+        )
     return value
 
 

@@ -1,6 +1,8 @@
 """How the model is asked: what is batched, recorded, and replayed as a graph."""
 
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -103,11 +105,11 @@ class Passes:
         return [predictions[i] for i in range(len(parts))], saliency
 
     def _ask(self, model_pass: Pass, *args: Any) -> tuple[list[Tensor], Tensor | None]:
-        if self._asking.get():
+        if self._asking.get() and _is_running(self):
             raise RuntimeError("A SAGDenoiser was called from inside its own inner_model. Wrap the model once, and from outside.")
         to_check = model_pass.record and self.tap.to_check
-        self._asking.set(True)
         try:
+            self._asking.set(True)
             with compiled.turn(to_check or self.tap.is_compiled(model_pass.inner_model)):
                 if self.graphs is None or to_check:
                     with compiled.eagerly(to_check):
@@ -115,6 +117,16 @@ class Passes:
                 return answer if self.graphs is None else self.graphs(model_pass, *args, key=model_pass.key)
         finally:
             self._asking.set(False)
+
+
+def _is_running(passes: Passes) -> bool:
+    """Whether they wait for a model further up the stack. (A flag alone would stay set if Ctrl-C hits where it is taken down.)"""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is Passes._ask.__code__ and frame.f_locals.get("self") is passes:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _groups(conds: Sequence[Conditioning]) -> list[list[int]]:

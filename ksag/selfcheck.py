@@ -24,7 +24,7 @@ def error(read: Attention, merged: str, grid: tuple[int, int], applied: Tensor, 
         computes_in: the dtype that the layer computes in, if that is not its tensors' own.
 
     Returns:
-        The largest of the samples' errors.
+        The largest of the samples' errors, without those that have no finite output; NaN where none has.
 
     >>> q, k, v = torch.randn(3, 1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
     >>> applied = rearrange(torch.nn.functional.scaled_dot_product_attention(q, k, v), "b n t d -> b t (n d)")
@@ -42,9 +42,12 @@ def error(read: Attention, merged: str, grid: tuple[int, int], applied: Tensor, 
     expected = rearrange(output, merged, **sizes).flatten(1)
     if expected.numel() != applied.numel():
         return torch.inf
-    distance = (expected - applied.float().reshape(expected.shape)).norm(dim=1)
+    applied = applied.float().reshape(expected.shape)
+    distance = (expected - applied).norm(dim=1)
     allowed = allowed * expected.norm(dim=1) + torch.finfo(torch.float32).tiny
-    return float((distance / allowed).nan_to_num(torch.inf).max())
+    ratio = (distance / allowed).nan_to_num(torch.inf)
+    telling = ratio[applied.isfinite().all(dim=1)]
+    return float(telling.max()) if len(telling) else torch.nan
 
 
 def tolerance(read: Attention, applied: torch.dtype, computes_in: torch.dtype | None) -> Tensor:

@@ -9,7 +9,7 @@ seen.saliency()                                                # (b, h', w')
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,12 @@ def _resolve(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module
+
+
+def _described(args: tuple, kwargs: dict) -> tuple:
+    """Which arguments a layer is given, and which options in a mapping among them."""
+    given = (*enumerate(args), *sorted(kwargs.items()))
+    return tuple((name, tuple(map(str, value)) if isinstance(value, Mapping) else "") for name, value in given if value is not None)
 
 
 class AttentionTap:
@@ -138,12 +144,12 @@ class AttentionTap:
         if not torch.compiler.is_compiling():
             self._follow_changes()
         recording = Recording(rows, self.path)
-        self._recording.set(recording)
         try:
+            self._recording.set(recording)
             yield recording
         finally:
-            self._recording.set(None)
             recording.stop()
+            self._recording.set(None)
 
     def _follow_changes(self) -> None:
         """Sets the hooks anew where the layer's submodules were replaced since: by a LoRA, or fused projections."""
@@ -181,7 +187,7 @@ class AttentionTap:
 
     def _begin(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if recording := self._current():
-            self._start(recording, (len(args), *sorted(name for name, value in kwargs.items() if value is not None)))
+            self._start(recording, _described(args, kwargs))
 
     def _start(self, recording: Recording, arguments: tuple | None) -> None:
         """The layer begins to attend; without arguments where something around it asks for its parts one by one."""
@@ -282,20 +288,23 @@ class AttentionTap:
     def _checked(self, recording: Recording, read: Attention, applied: Tensor) -> Attention:
         """What was read, or what the layer's own call of scaled_dot_product_attention says, whichever gives what was applied."""
         assert self.family is not None
-        self._to_check = False
         if read.v is None or type(applied) is not Tensor:  # a tensor without data, say
+            self._to_check = False
             return read
         error = self._error(recording, read, applied)
+        if error != error:
+            return read  # all is NaN, and the next call may tell
         if error > 1 and (call := self._own_call(recording, read)) and self._error(recording, call, applied) <= 1:
-            self.checked = self._through_sdpa = True
+            self._to_check, self.checked, self._through_sdpa = False, True, True
             return call
         if error <= 1:
-            self.checked = True
+            self._to_check, self.checked = False, True
             self._changes_in_place = any(not torch.equal(copy, now) for copy, now in recording.kept)
             return read
-        if getattr(_resolve(self.layer, self.family.dropout), "p", 0) > 0:
+        dropout = _resolve(self.layer, self.family.dropout)
+        if getattr(dropout, "p", 0) > 0 and (dropout.training or self.family.drops_in_eval):
+            self._to_check = False
             return read  # what was applied is what was read, thinned out at random
-        self._to_check = True
         raise ValueError(
             f"{self.path!r} is a {type(self.layer).__name__}, read as a {self.family.name}, but the attention that it applied is "
             f"another than its projections give: they differ by {error:.0f} times what rounding explains. Likely "
@@ -324,7 +333,7 @@ class AttentionTap:
     def _likely_cause(self) -> str:
         assert self._code_path is not None
         _, arguments = self._code_path
-        if masks := [name for name in arguments or () if "mask" in str(name)]:
+        if masks := [name for name, _ in arguments or () if "mask" in str(name)]:
             return f"its argument {' and '.join(masks)}"
         if (processor := getattr(self.layer, "processor", None)) is not None:
             return f"its processor, a {type(processor).__name__}, attends in a way of its own"

@@ -79,6 +79,8 @@ class Family:
     """The layer's attribute that holds its number of heads."""
     dropout: str = ""
     """The submodule that says how much of the attention, or of its output, is dropped at random, if there is one."""
+    drops_in_eval: bool = False
+    """Whether it does so in evaluation mode too."""
     patch: str = ""
     """The attribute of a module around that holds the size of the patches of its input which are the tokens, if it has such."""
     computes_in: torch.dtype | None = None

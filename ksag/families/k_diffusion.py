@@ -41,6 +41,7 @@ SELF_ATTENTION_2D = Family(
     outputs=("qkv_proj",),
     heads="n_head",
     dropout="dropout",
+    drops_in_eval=True,
 )
 
 

@@ -41,8 +41,8 @@ class WatchSDPA(TorchFunctionMode):
         self._entered = False
 
     def __enter__(self) -> "WatchSDPA":
-        self._entered = True
-        return super().__enter__()
+        self._entered = super().__enter__() is self
+        return self
 
     def close(self) -> None:
         """Leaves the mode if it is entered."""

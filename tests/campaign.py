@@ -1,0 +1,678 @@
+"""A seeded campaign of random cases: model × shape × dtype × nesting × settings × layer, against the steps in float64.
+
+Cases of one scene share the model, the latent and the conditionings. `tests/test_campaign.py` runs some, `scripts/campaign.py` as
+many as you like. The attention is the one that the layer applied, in a copy of the model in float64: the arguments of its call of
+`scaled_dot_product_attention`, or the result of its softmax.
+"""
+
+import contextlib
+import copy
+import functools
+import math
+import random
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import k_diffusion as K
+import ldm.modules.attention
+import torch
+from denoising_diffusion_pytorch import Unet, classifier_free_guidance
+from diffusers import DiTTransformer2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from k_diffusion.models import flags
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.util import GroupNorm32
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+import ksag
+from ksag import cfg
+from tests import reference
+from tests.models import conditional, randomise, unconditional
+
+PER_SCENE = 10
+"""How many cases share a scene."""
+
+SIGMAS = (0.125, 0.5, 1.0, 2.5, 4.0, 8.0, 14.0)
+"""Exact in every dtype, so that all of them ask the same."""
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Relative errors: some hundred roundings through three evaluations of a UNet, or a few in half precision."""
+
+
+# The models
+
+
+class Model(NamedTuple):
+    build: Callable[[], nn.Module]
+    call: Callable[[Any, Tensor, Tensor, Any], Tensor]
+    """(model, x, sigma, conditioning) → (b, c, h, w)"""
+    cond: tuple[int, ...] | None
+    """The shape of one sample's conditioning; () is a class, None that the model takes none."""
+    channels: int = 3
+    multiple: int = 2
+    """What both sides of the latent are multiples of."""
+    size: int | None = None
+    """The only size that it takes, if there is only one."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float32, torch.float32, torch.float64)
+    weight: int = 1
+    """How often it is drawn."""
+    attends_in_float32: bool = False
+
+
+def steps(sigma: Tensor) -> Tensor:
+    """Timesteps for a UNet that rounds them to float32 inside: whole numbers, which are exact."""
+    return (sigma * 64).round().long()
+
+
+def ldm_call(m: Any, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+    # ldm's own cast of the queries would end a float64 reference
+    with mock.patch.object(ldm.modules.attention, "_ATTN_PRECISION", "any"):
+        return m(x, steps(sigma), cond)
+
+
+def transformer_call(m: Any, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+    # k-diffusion compiles functions of its own, which would take longer than all of the cases
+    with mock.patch.object(flags.compile_wrap, "__call__", lambda wrap, *args, **kwargs: wrap.function(*args, **kwargs)):
+        return m(x, sigma)
+
+
+def k_diffusion_unet(channels: list[int], attention: list[bool]) -> nn.Module:
+    return K.models.ImageDenoiserModelV1(3, 16, [1] * len(channels), channels, attention, mapping_cond_dim=4)
+
+
+def ldm_unet(**options: Any) -> nn.Module:
+    return UNetModel(
+        image_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_res_blocks=1,
+        channel_mult=[1, 2],
+        num_heads=2,
+        model_channels=32,
+        **options,
+    )
+
+
+ALL_DTYPES = (torch.float32,) * 5 + (torch.float64, torch.float16, torch.bfloat16)
+MODELS = {
+    "k-diffusion": Model(
+        lambda: k_diffusion_unet([16, 128], [False, True]), lambda m, x, s, c: m(x, s, mapping_cond=c), (4,),
+        dtypes=ALL_DTYPES, weight=4,
+    ),
+    "k-diffusion, one level": Model(
+        lambda: k_diffusion_unet([64], [True]), lambda m, x, s, c: m(x, s, mapping_cond=c), (4,),
+        multiple=1, dtypes=ALL_DTYPES, weight=4,
+    ),
+    "k-diffusion transformer v1": Model(
+        lambda: K.models.ImageTransformerDenoiserModelV1(2, 128, 64, 3, 3, (2, 2)), transformer_call, None, weight=2
+    ),
+    "CompVis": Model(
+        lambda: ldm_unet(attention_resolutions=[2], use_spatial_transformer=True, context_dim=16), ldm_call, (5, 16), 4
+    ),
+    "OpenAI, legacy order": Model(
+        lambda: ldm_unet(attention_resolutions=[2]), lambda m, x, s, c: ldm_call(m, x, s, None), None, 4, attends_in_float32=True
+    ),
+    "OpenAI, new order": Model(
+        lambda: ldm_unet(attention_resolutions=[2], use_new_attention_order=True), lambda m, x, s, c: ldm_call(m, x, s, None),
+        None, 4, attends_in_float32=True,
+    ),
+    "diffusers": Model(
+        lambda: conditional(cross_attention_dim=16), lambda m, x, s, c: m(x, steps(s), c).sample, (5, 16), 4, multiple=1
+    ),
+    "diffusers, unconditional": Model(unconditional, lambda m, x, s, c: m(x, steps(s)).sample, None),
+    "diffusers, DiT": Model(
+        lambda: DiTTransformer2DModel(2, 16, 4, num_layers=2, sample_size=12, num_embeds_ada_norm=10),
+        lambda m, x, s, c: m(x, steps(s), c).sample, (), 4, size=12,
+    ),
+    "lucidrains": Model(
+        lambda: Unet(16, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2), lambda m, x, s, c: m(x, s), None
+    ),
+    "lucidrains, flash": Model(
+        lambda: Unet(16, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2, flash_attn=True), lambda m, x, s, c: m(x, s), None
+    ),
+    "lucidrains, guided": Model(
+        lambda: classifier_free_guidance.Unet(16, 10, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2),
+        lambda m, x, s, c: m(x, s, c, cond_drop_prob=0.0), (),
+    ),
+}  # fmt: skip
+
+
+class Adapter(nn.Module):
+    """Between k-diffusion's denoiser and a UNet: unpacks the conditioning, and does with keywords what models are known to do."""
+
+    def __init__(self, unet: nn.Module, model: Model):
+        super().__init__()
+        self.unet, self.model = unet, model
+
+    def forward(self, x, sigma, cond=None, *, nesting=None, text=None, shift=None, residuals=(), table=None):
+        value = cond if text is None else text
+        value = None if value is None else NESTINGS[nesting].unpack(value)
+        if self.model.cond is None and value is not None:  # it takes none, so that a bias of its channels stands in for one
+            x = x + value[:, :, None, None]
+        y = self.model.call(self.unet, x, sigma, value)
+        if shift is not None:
+            y = y + shift
+        if residuals:
+            y = y + residuals.pop()  # as diffusers' UNet does with a T2I-Adapter's
+        return y if table is None else y + table.sum(0)[:, None, None]
+
+
+@functools.cache
+def denoisers(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """A small model in its dtype, for ksag, and its copy that computes in float64, for the reference."""
+    model = MODELS[name]
+    torch.manual_seed(0)
+    unet = randomise(model.build())
+    sharpen(unet)
+    own = K.layers.Denoiser(Adapter(to_dtype(unet, dtype), model), sigma_data=0.5)
+    return own.eval(), copy.deepcopy(own).apply(in_float64)
+
+
+def to_dtype(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for module in unet.modules():
+        module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+    return unet.apply(in_float64) if dtype == torch.float64 else unet
+
+
+def in_float64(module: nn.Module) -> None:
+    module._apply(lambda t: t.double() if t.is_floating_point() else t, recurse=False)
+    if isinstance(module, GroupNorm32):  # which would go to float32 and back
+        module.forward = functools.partial(nn.GroupNorm.forward, module)  # type: ignore[method-assign]
+    if isinstance(module, UNetModel):
+        module.dtype = torch.float64
+        module.time_embed.register_forward_pre_hook(lambda _, args: args[0].double())
+
+
+def sharpen(unet: nn.Module) -> None:
+    """Makes queries and keys longer, so that the attention is far from uniform, as it is in a trained model."""
+    for path, module in unet.named_modules():
+        if path.rpartition(".")[2] in ("qkv", "qkv_proj", "to_qkv", "to_q", "to_k") and hasattr(module, "weight"):
+            module.weight.mul_(2.5)
+
+
+# Conditionings
+
+
+class Nesting(NamedTuple):
+    pack: Callable[[Tensor], Any]
+    unpack: Callable[[Any], Tensor]
+
+
+class Text(NamedTuple):
+    embedding: Tensor
+    name: str
+
+
+def unpack_deep(cond: Any) -> Tensor:
+    assert type(cond) is dict and type(cond["a"]) is tuple and cond["a"][1:] == (None, 2.5)
+    return cond["a"][0][0]["b"]
+
+
+def unpack_twins(cond: Any) -> Tensor:
+    assert torch.equal(cond[0], cond[1]["twin"])
+    return cond[0]
+
+
+def unpack_default_dict(cond: Any) -> Tensor:
+    assert cond["missing"] == [] and cond["t"].ndim
+    return cond["t"]
+
+
+NESTINGS = {
+    "tensor": Nesting(lambda t: t, lambda c: c),
+    "dict of lists": Nesting(lambda t: {"c_crossattn": [t]}, lambda c: c["c_crossattn"][0]),
+    "list that the model empties": Nesting(lambda t: [t], lambda c: c.pop()),
+    "tuple": Nesting(lambda t: (t, "a constant"), lambda c: c[0]),
+    "named tuple": Nesting(lambda t: Text(t, "a constant"), lambda c: c.embedding),
+    "ordered dict": Nesting(lambda t: OrderedDict(b=t, a=1), lambda c: c.popitem(last=False)[1]),
+    "default dict": Nesting(lambda t: defaultdict(list, t=t), unpack_default_dict),
+    "diffusers' output": Nesting(lambda t: UNet2DOutput(sample=t), lambda c: c.sample),
+    "read-only mapping": Nesting(lambda t: MappingProxyType({"t": t}), lambda c: c["t"]),
+    "deep": Nesting(lambda t: {"a": ([{"b": t}], None, 2.5), 3: t}, unpack_deep),
+    "twins": Nesting(lambda t: [t, {"twin": t}], unpack_twins),
+}
+
+
+# What cases share: the model, the latent and the conditionings
+
+
+@dataclass(frozen=True)
+class Scene:
+    name: str
+    dtype: torch.dtype
+    x: Tensor
+    sigma: Tensor
+    cond: Tensor | None
+    uncond: Tensor | None
+    nesting: str
+    keywords: dict[str, Any]
+    """Others, and among them maybe `table`, which all samples share."""
+
+    def arguments(self, cond: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
+        """As the model is called, anew each time, because it may empty what it is given."""
+        keywords = {name: converted(value, dtype) for name, value in self.keywords.items()}
+        if cond is None:
+            return keywords
+        return {**keywords, "nesting": self.nesting, "cond": NESTINGS[self.nesting].pack(converted(cond, dtype))}
+
+    def denoise(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """The reference's prediction, in float64."""
+        _, model = denoisers(self.name, self.dtype)
+        return model(x.double(), self.sigma.double(), **self.arguments(cond, torch.float64))
+
+    @property
+    def base(self) -> Tensor | None:
+        return self.cond if self.uncond is None else self.uncond
+
+    @functools.cached_property
+    def predictions(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """u, g, and the saliency of each layer by its path, all in float64."""
+        _, model = denoisers(self.name, self.dtype)
+        with watched(model, layers(self.name)) as received:
+            u = self.denoise(self.x, self.base)
+        g = u if self.uncond is None else self.denoise(self.x, self.cond)
+        return u, g, {path: as_map(tokens, self.x.shape[2:]) for path, tokens in received.items()}
+
+    @functools.cached_property
+    def rounding(self) -> dict[str, float]:
+        """By how much the saliency of each layer changes where the reference asks the model in the scene's dtype."""
+        model, _ = denoisers(self.name, self.dtype)
+        with watched(model, layers(self.name)) as received:
+            model(self.x, self.sigma, **self.arguments(self.base, self.dtype))
+        exact = self.predictions[2]
+        return {path: float((as_map(received[path], self.x.shape[2:]) - exact[path]).abs().max()) for path in exact}
+
+    def margin(self, path: str) -> Tensor:
+        """How far a saliency may be from the exact one: rounding as the reference's own, and that of float32's sums."""
+        return 8 * self.rounding[path] + 1e-5 * (1 + self.predictions[2][path])
+
+
+def converted(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [converted(v, dtype) for v in value]
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+@functools.cache
+def layers(name: str) -> tuple[str, ...]:
+    model, _ = denoisers(name, torch.float32)
+    return tuple(layer.path for layer in ksag.list_attention(model))
+
+
+class Watch(TorchFunctionMode):
+    """How much attention each token receives, (b, tokens), while a layer runs, by the layer's path."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.inside: str | None = None
+        self.received: dict[str, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.inside is not None and func is F.scaled_dot_product_attention:
+            q, k = args[0].double(), args[1].double()
+            scale = (kwargs or {}).get("scale") or q.shape[-1] ** -0.5
+            self.add((q @ k.mT * scale).softmax(-1))
+        elif self.inside is not None and func in (torch.softmax, Tensor.softmax, F.softmax):
+            self.add(result.double())
+        return result
+
+    def add(self, attention: Tensor) -> None:
+        assert self.inside is not None and self.inside not in self.received
+        tokens = attention.shape[-2]
+        image = attention.reshape(self.batch, -1, *attention.shape[-2:]).mean(1).sum(1)[:, -tokens:]  # behind lucidrains' memory
+        self.received[self.inside] = image / image.mean(1, keepdim=True)
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    handles = []
+
+    def enter(path: str | None) -> Callable:
+        return lambda *_: setattr(watch, "inside", path)
+
+    def begin(module: nn.Module, args: Any) -> None:
+        watch.batch = args[0].shape[0]
+
+    watch = Watch(0)
+    handles.append(model.register_forward_pre_hook(begin))
+    for path in paths:
+        layer = model.get_submodule(path)
+        handles += [layer.register_forward_pre_hook(enter(path)), layer.register_forward_hook(enter(None))]
+    try:
+        with watch:
+            yield watch.received
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def as_map(tokens: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(b, h', w'): the grid is the latent's, halved and rounded up as often as the number of tokens says."""
+    for level in range(4):
+        h, w = (-(-side // 2**level) for side in size)
+        if h * w == tokens.shape[1]:
+            return tokens.view(-1, h, w)
+    raise AssertionError(f"{tokens.shape[1]} tokens of a latent of {tuple(size)}")
+
+
+@functools.lru_cache(maxsize=1)
+def scene(seed: int, number: int) -> Scene:
+    rng = random.Random(f"{seed} scene {number}")
+    generator = torch.Generator().manual_seed(rng.randrange(2**32))
+    name = rng.choices(list(MODELS), [model.weight for model in MODELS.values()])[0]
+    model = MODELS[name]
+    dtype, batch = rng.choice(model.dtypes), rng.choice((1, 2, 2, 3))
+    largest = rng.choice((12, 12, 16, 24))
+    size = [model.size or model.multiple * rng.randint(8 // model.multiple, largest // model.multiple) for _ in range(2)]
+    sigma = torch.tensor([rng.choice(SIGMAS)] * batch if rng.random() < 0.5 else rng.choices(SIGMAS, k=batch))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    def conditioning(longer: bool) -> Tensor:
+        if model.cond == ():
+            return torch.randint(10, (batch,), generator=generator)
+        tokens, *width = model.cond or (model.channels,)
+        return normal(batch, 2 * tokens if longer and width else tokens, *width)
+
+    x = normal(batch, model.channels, *size) * (sigma.to(dtype).square() + 1).sqrt()[:, None, None, None]
+    kind = rng.choice(("uncond and cond",) * 4 + ("cond alone", "none"))
+    if kind == "none" and model.cond is not None and name not in OPTIONAL:
+        kind = "cond alone"
+    keywords: dict[str, Any] = {}
+    if rng.random() < 0.3:
+        keywords["shift"] = normal(batch, 1, 1, 1)
+    if rng.random() < 0.3:
+        keywords["residuals"] = [normal(batch, 1, 1, 1)]
+    if rng.random() < 0.3:
+        keywords["table"] = normal(rng.choice((batch, 5)), model.channels)
+    return Scene(
+        name,
+        dtype,
+        rng.choice(LAYOUTS)(x),
+        sigma.to(dtype),
+        cond=None if kind == "none" else conditioning(longer=rng.random() < 0.3),
+        uncond=conditioning(longer=False) if kind == "uncond and cond" else None,
+        nesting=rng.choice(list(NESTINGS)),
+        keywords=keywords,
+    )
+
+
+OPTIONAL = ("k-diffusion", "k-diffusion, one level")
+"""Models that take a conditioning and can do without."""
+
+LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x,
+    lambda x: x.to(memory_format=torch.channels_last),
+    lambda x: F.pad(x, (1, 2, 1, 0))[:, :, 1:, 1:-2],
+)
+
+
+# A case: a layer and settings
+
+
+@dataclass(frozen=True)
+class Case:
+    seed: int
+    number: int
+    path: str
+    settings: dict[str, Any]
+    """Of the wrapper."""
+    cond_scale: float
+    rule: Callable
+    """The reference's, for `settings["cfg_rule"]`."""
+    given: str
+    """How the wrapper gets its settings."""
+    mode: str
+    """The gradient mode."""
+
+    @property
+    def scene(self) -> Scene:
+        return scene(self.seed, self.number // PER_SCENE)
+
+    def __str__(self) -> str:
+        s = self.scene
+        settings = {**self.settings, "cfg_rule": cfg.name_of(self.settings["cfg_rule"])}
+        parts = {
+            "model": s.name,
+            "dtype": s.dtype,
+            "x": tuple(s.x.shape),
+            "sigma": s.sigma.tolist(),
+            "uncond": s.uncond if s.uncond is None else tuple(s.uncond.shape),
+            "cond": s.cond if s.cond is None else tuple(s.cond.shape),
+            "nesting": s.nesting,
+            "keywords": list(s.keywords),
+            "layer": self.path,
+            "cond_scale": self.cond_scale,
+            "mode": self.mode,
+            f"settings, given {self.given}": settings,
+        }
+        return "; ".join(f"{name}: {value}" for name, value in parts.items())
+
+
+def case(seed: int, number: int) -> Case:
+    rng = random.Random(f"{seed} case {number}")
+    s = scene(seed, number // PER_SCENE)
+    level = rng.choice(SIGMAS)
+    rule, reference_rule = RULES[rng.choice(list(RULES))](rng)
+    settings = {
+        "sag_scale": rng.choice((0.5, 0.5, 1.0, -2.0, 5.0, *[rng.uniform(-3, 5)] * 4, 0.0)),
+        "blur_sigma": rng.choice((2.0, 1.0, 0.0, 1e-20, 1e-160, 30.0, rng.uniform(0.2, 4))),
+        "blur_kernel_size": rng.choices((9, 3, 5, 7, 1, 15, 31), (6, 2, 2, 2, 1, 1, 1))[0],
+        "mask_threshold": rng.choice((1.0, 1.0, 1.0, 0.0, -1.0, 3.0, rng.uniform(0.5, 1.5))),
+        "sigma_range": rng.choice(((0.0, math.inf),) * 4 + ((0.0, level), (level, math.inf), (level, level))),
+        "cfg_rule": rule,
+        "cond_key": rng.choice(("cond", "text", None)),
+        "batch_cond": rng.random() < 0.7,
+        "shared_kwargs": ("table",),
+    }
+    return Case(
+        seed,
+        number,
+        path=rng.choice(layers(s.name)),
+        settings=settings,
+        cond_scale=1.0 if s.uncond is None else rng.choice((7.5, 1.0, 0.0, -1.5, rng.uniform(-2, 15))),
+        rule=reference_rule,
+        given=rng.choices(("at construction", "later", "per call"), (1, 8, 8))[0],
+        mode=rng.choice(list(MODES)),
+    )
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "gradients": contextlib.nullcontext,
+}
+
+
+# The rules for step 2, by their papers' formulas
+
+
+def plain_rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor) -> Tensor:
+    return (1 - scale) * u + scale * g
+
+
+def rescaled_rule(phi: float) -> Callable:
+    def rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor) -> Tensor:
+        sigma = sigma.view(-1, 1, 1, 1)
+        c_skip, c_out = 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1).sqrt()
+        v_u, v_g = (u - x * c_skip) / c_out, (g - x * c_skip) / c_out
+        v = v_u + scale * (v_g - v_u)
+        rescaled = v * (v_g.flatten(1).std(1) / v.flatten(1).std(1)).view(-1, 1, 1, 1)
+        return (phi * rescaled + (1 - phi) * v) * c_out + x * c_skip
+
+    return rule
+
+
+def projected_rule(eta: float, limit: float | None) -> Callable:
+    def rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor) -> Tensor:
+        results = []
+        for one_u, one_g in zip(u, g, strict=True):
+            difference = one_g - one_u
+            if limit is not None and difference.norm() > limit:
+                difference = difference / difference.norm() * limit
+            parallel = (difference * one_g).sum() / (one_g * one_g).sum() * one_g
+            results.append(one_g + (scale - 1) * (difference - parallel + eta * parallel))
+        return torch.stack(results)
+
+    return rule
+
+
+def rescale(rng: random.Random) -> tuple[cfg.Rule, Callable]:
+    phi = rng.choice((0.7, 0.0, 1.0, rng.random()))
+    return cfg.rescale(phi), rescaled_rule(phi)
+
+
+def project(rng: random.Random) -> tuple[cfg.Rule, Callable]:
+    eta, limit = rng.choice((0.0, 1.0, rng.random())), rng.choice((None, 1.0, 15.0))
+    # the momentum has nothing to begin with
+    return cfg.apg(eta, limit, momentum=rng.choice((-0.5, 0.0, 0.5))), projected_rule(eta, limit)
+
+
+def own_rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor) -> Tensor:
+    """A user's: only where there is noise."""
+    return torch.where((sigma > 1)[:, None, None, None], u + (g - u) * scale, g)
+
+
+RULES: dict[str, Callable[[random.Random], tuple[cfg.Rule, Callable]]] = {
+    "plain": lambda rng: (cfg.plain, plain_rule),
+    "also plain": lambda rng: (cfg.plain, plain_rule),
+    "rescale": rescale,
+    "apg": project,
+    "own": lambda rng: (own_rule, own_rule),
+}
+
+
+# ksag's image
+
+
+@functools.cache
+def wrapper(name: str, dtype: torch.dtype, path: str) -> ksag.SAGDenoiser:
+    return ksag.SAGDenoiser(denoisers(name, dtype)[0], attention=path)
+
+
+@contextlib.contextmanager
+def wrapped(c: Case) -> Iterator[tuple[ksag.SAGDenoiser, dict[str, Any]]]:
+    """A wrapper, and what is left of the settings for the call."""
+    s = c.scene
+    if c.given == "at construction":
+        model, _ = denoisers(s.name, s.dtype)
+        for attention in (c.path, model.get_submodule(c.path))[c.number % 2 :][:1]:
+            with ksag.SAGDenoiser(model, attention=attention, **c.settings) as guided:
+                yield guided, {}
+        return
+    guided = wrapper(s.name, s.dtype, c.path)
+    per_call = ("sag_scale", "blur_sigma", "mask_threshold") if c.given == "per call" else ()
+    for name, value in c.settings.items():
+        setattr(guided, name, 9.75 if name in per_call else value)
+    yield guided, {name: c.settings[name] for name in per_call}
+
+
+def image(c: Case) -> tuple[Tensor, ksag.Trace]:
+    s = c.scene
+    key = c.settings["cond_key"]
+
+    def packed(cond: Tensor | None) -> Any:
+        if cond is None:
+            return None
+        value = s.arguments(cond, s.dtype)["cond"]
+        return value if key else {"text": value}
+
+    keywords = s.arguments(None, s.dtype)
+    if s.cond is not None:
+        keywords["nesting"] = s.nesting
+    with wrapped(c) as (guided, per_call), guided.trace() as steps, MODES[c.mode]():
+        result = guided(s.x, s.sigma, cond=packed(s.cond), uncond=packed(s.uncond), cond_scale=c.cond_scale, **per_call, **keywords)
+    return result, steps
+
+
+# The comparison
+
+
+class Outcome(NamedTuple):
+    kind: str
+    error: float = 0.0
+    """Relative to the sizes of the terms that the result is the sum of."""
+    message: str = ""
+
+
+FAILED = "failed"
+
+
+@torch.no_grad()
+def run(seed: int, number: int) -> Outcome:
+    """One case: what came out, and where it failed, how and how to see it again."""
+    c = case(seed, number)
+    try:
+        outcome = compared(c, *image(c))
+    except Exception as error:
+        outcome = Outcome(FAILED, math.inf, f"{type(error).__name__}: {error}")
+    again = f"{outcome.message}\n  {c}\n  again: python scripts/campaign.py --seed {seed} --case {number}"
+    return outcome._replace(message=again if outcome.kind == FAILED else "")
+
+
+def compared(c: Case, result: Tensor, steps: ksag.Trace) -> Outcome:
+    s, settings = c.scene, c.settings
+    u, g, saliencies = s.predictions
+    guided = c.rule(u, g, c.cond_scale, s.x.double(), s.sigma.double())
+    terms = norms(u) * (1 + abs(c.cond_scale)) + norms(g) * abs(c.cond_scale)
+    low, high = settings["sigma_range"]
+    acts = (s.sigma >= low) & (s.sigma <= high)
+    possible = settings["sag_scale"] != 0 and min(s.x.shape[2:]) > settings["blur_kernel_size"] // 2
+    kind = "plain"
+    if not (possible and acts.any()):
+        if steps:
+            return Outcome(FAILED, math.inf, "guided, where SAG does not act")
+    else:
+        saliency, threshold, margin = saliencies[c.path], settings["mask_threshold"], s.margin(c.path)
+        (step,) = steps
+        difference = (step.saliency - saliency).abs()
+        if step.saliency.shape != saliency.shape or bool((difference > margin).any()):
+            return Outcome(
+                FAILED, math.inf, f"the saliency differs by {float((difference / margin).max()):.1f} times what rounding explains"
+            )
+        size = (s.x.shape[2], s.x.shape[3])
+        mask = reference.upsampled((saliency > threshold).double(), size)
+        at_threshold = (saliency - threshold).abs() <= margin
+        if bool(((step.mask != mask) & ~reference.upsampled(at_threshold, size)).any()):
+            return Outcome(FAILED, math.inf, "the mask differs, and not at a token near the threshold")
+        blurred = reference.blurred(u, settings["blur_sigma"] if settings["blur_sigma"] > 0.02 else 0, settings["blur_kernel_size"])
+        mask = step.mask.double()  # a token at the threshold is on the side where rounding put it
+        d = mask * blurred + (1 - mask) * u
+        r = s.denoise(d + (s.x.double() - u), s.base)
+        terms = torch.where(acts, terms + (norms(d) + norms(r)) * abs(settings["sag_scale"]), terms)
+        guided = torch.where(acts[:, None, None, None], guided + (d - r) * settings["sag_scale"], guided)
+        kind = "guided" if acts.all() else "guided in part, by sigma"
+        kind = f"{kind}, with a token at the threshold" if at_threshold.any() else kind
+    error = float((norms(result.double() - guided) / terms).nan_to_num(math.inf).max())
+    exact = torch.float32 if MODELS[s.name].attends_in_float32 and s.dtype == torch.float64 else s.dtype
+    if result.dtype != s.dtype:
+        return Outcome(FAILED, math.inf, f"the result is {result.dtype}")
+    if not error <= TOLERANCE[exact]:
+        return Outcome(FAILED, error, f"{kind}: relative error {error:.1e}")
+    return Outcome(kind, error)
+
+
+def report(cases: Iterable[tuple[Case, Outcome]]) -> str:
+    """How many cases came to each outcome, and the largest relative error in each dtype."""
+    kinds: Counter[str] = Counter()
+    errors: dict[torch.dtype, float] = {}
+    for c, outcome in cases:
+        kinds[outcome.kind] += 1
+        errors[c.scene.dtype] = max(outcome.error, errors.get(c.scene.dtype, 0.0))
+    counts = "".join(f"{count:6} {kind}\n" for kind, count in kinds.most_common())
+    return f"{counts}largest relative error: " + ", ".join(
+        f"{errors[dtype]:.1e} in {dtype}" for dtype in TOLERANCE if dtype in errors
+    )
+
+
+def norms(t: Tensor) -> Tensor:
+    return t.flatten(1).norm(dim=1)

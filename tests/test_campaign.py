@@ -1,0 +1,83 @@
+"""Does ksag do what the steps say, whatever the model, shape, dtype, nesting and settings?  scripts/campaign.py runs more cases."""
+
+import inspect
+
+import pytest
+import torch
+
+import ksag.sag
+import ksag.tap
+from ksag import cfg
+from tests import campaign
+
+SEED, CASES, AT_ONCE = 0, 1000, 50
+FEW = range(30)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, AT_ONCE))
+def test_each_case_is_the_reference(first):
+    outcomes = [campaign.run(SEED, number) for number in range(first, first + AT_ONCE)]
+    failed = [outcome.message for outcome in outcomes if outcome.kind == campaign.FAILED]
+    assert not failed, "\n".join(failed)
+    assert any(outcome.kind.startswith("guided") for outcome in outcomes)
+
+
+def test_the_cases_meet_everything():
+    cases = [campaign.case(SEED, number) for number in range(CASES)]
+    scenes = [case.scene for case in cases]
+    met = {(scene.name, case.path) for case, scene in zip(cases, scenes, strict=True)}
+    assert met == {(name, path) for name in campaign.MODELS for path in campaign.layers(name)}
+    assert {scene.dtype for scene in scenes} == set(campaign.TOLERANCE)
+    assert {scene.nesting for scene in scenes if scene.cond is not None} == set(campaign.NESTINGS)
+    assert {name for scene in scenes for name in scene.keywords} == {"shift", "residuals", "table"}
+    assert {cfg.name_of(case.settings["cfg_rule"]).partition("(")[0] for case in cases} == {"plain", "rescale", "apg", "own_rule"}
+    assert {side % 2 for scene in scenes for side in scene.x.shape[2:]} == {0, 1}
+    assert any(len(set(scene.sigma.tolist())) > 1 for scene in scenes)
+    given = {"inner_model", "attention", "check_attention", *cases[0].settings}
+    assert given == inspect.signature(ksag.SAGDenoiser).parameters.keys()
+
+
+def failures(numbers):
+    return [number for number in numbers if campaign.run(SEED, number).kind == campaign.FAILED]
+
+
+def test_a_mask_with_another_threshold_fails(monkeypatch):
+    exact = ksag.sag.attention_mask
+    monkeypatch.setattr(ksag.sag, "attention_mask", lambda saliency, threshold, size: exact(saliency, threshold + 0.02, size))
+    assert len(failures(FEW)) > 2
+
+
+def test_a_saliency_that_is_a_thousandth_off_fails(monkeypatch):
+    exact = ksag.tap.saliency
+    monkeypatch.setattr(ksag.tap, "saliency", lambda *args: exact(*args) * 1.001)
+    assert len(failures(FEW)) > 8
+
+
+def test_a_blur_that_is_a_ten_thousandth_off_fails(monkeypatch):
+    exact = ksag.sag.degrade
+    monkeypatch.setattr(ksag.sag, "degrade", lambda *args: exact(*args) * (1 + 1e-4))
+    assert len(failures(FEW)) > 4
+
+
+def test_an_error_is_a_failure_and_prints_the_line_that_runs_the_case_again(monkeypatch):
+    monkeypatch.setattr(ksag.sag, "degrade", lambda *args: 1 / 0)
+    number = next(n for n in FEW if campaign.run(SEED, n).kind == campaign.FAILED)
+    outcome = campaign.run(SEED, number)
+    assert (
+        "ZeroDivisionError" in outcome.message and f"again: python scripts/campaign.py --seed 0 --case {number}" in outcome.message
+    )
+
+
+def test_a_case_is_the_same_each_time():
+    first, _ = campaign.image(campaign.case(SEED, 7))
+    campaign.scene.cache_clear()
+    campaign.wrapper.cache_clear()
+    again, _ = campaign.image(campaign.case(SEED, 7))
+    assert torch.equal(first, again)
+
+
+def test_the_report_counts_outcomes_and_takes_the_largest_error_of_each_dtype():
+    cases = [campaign.case(SEED, number) for number in range(2)]
+    dtype = cases[0].scene.dtype
+    outcomes = [campaign.Outcome("plain", 1e-7), campaign.Outcome("plain", 3e-7)]
+    assert campaign.report(zip(cases, outcomes, strict=True)) == f"     2 plain\nlargest relative error: 3.0e-07 in {dtype}"
