@@ -34,7 +34,7 @@ def refuse(modules: Iterable[nn.Module], path: str) -> None:
 
 def turn(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     """Has threads take turns with compiled models: hooks in them cannot tell threads apart, nor is Dynamo made for several."""
-    return _turns if wanted and not torch.compiler.is_compiling() else contextlib.nullcontext()
+    return _turns if wanted and not torch.compiler.is_dynamo_compiling() else contextlib.nullcontext()
 
 
 def eagerly(wanted: bool) -> contextlib.AbstractContextManager[Any]:
@@ -42,5 +42,5 @@ def eagerly(wanted: bool) -> contextlib.AbstractContextManager[Any]:
 
     It does so for the whole process, and so belongs in a `turn`.
     """
-    can = hasattr(torch.compiler, "set_stance") and not torch.compiler.is_compiling()
+    can = hasattr(torch.compiler, "set_stance") and not torch.compiler.is_dynamo_compiling()
     return torch.compiler.set_stance("force_eager") if wanted and can else contextlib.nullcontext()

@@ -133,7 +133,7 @@ class AttentionTap:
     @property
     def to_check(self) -> bool:
         """Whether the next recording has to run eagerly, so that it can be checked."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return False
         changed = self._code_path is not None and self._code_path[0] != self._parts()
         return self._to_check or (changed and self.check and self.family is not None)
@@ -141,7 +141,7 @@ class AttentionTap:
     @contextlib.contextmanager
     def recording(self, rows: int) -> Iterator[Recording]:
         """Records the first `rows` samples that go through the layer, until the block is left, however it is left."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self._follow_changes()
         recording = Recording(rows, self.path)
         try:
@@ -193,7 +193,7 @@ class AttentionTap:
         """The layer begins to attend; without arguments where something around it asks for its parts one by one."""
         recording.stop()  # a model may have caught an error in the middle of the layer, and run it again
         recording.started = True
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return
         code_path = self._parts(), arguments
         if code_path != self._code_path:

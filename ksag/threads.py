@@ -24,12 +24,13 @@ class PerThread(Generic[T]):
         self.default = self._last_set = default
         self._local = threading.local()
 
+    # is_compiling would be true in every thread while one of them compiles
     def get(self) -> T:
-        return self._last_set if torch.compiler.is_compiling() else getattr(self._local, "value", self.default)
+        return self._last_set if torch.compiler.is_dynamo_compiling() else getattr(self._local, "value", self.default)
 
     def set(self, value: T) -> None:
         self._last_set = value
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self._local.value = value
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,6 +1,15 @@
 """Does ksag do what the steps say, whatever the model and settings?  `python scripts/campaign.py --cases 10000`
 
 Random cases of `tests/campaign.py`, each against the steps in float64. A failure prints the line that runs this one case again.
+
+The last result, of `--cases 10000`:
+
+      5547 guided
+      3443 plain
+       512 guided, with a token at the threshold
+       460 guided in part, by sigma
+        38 guided in part, by sigma, with a token at the threshold
+    largest relative error: 3.0e-15 in torch.float64, 2.7e-06 in torch.float32, 8.8e-04 in torch.float16, 8.5e-03 in torch.bfloat16
 """
 
 import sys
@@ -22,7 +31,7 @@ def outcomes(seed: int, numbers: range) -> Iterator[tuple[campaign.Case, campaig
         yield campaign.case(seed, number), outcome
 
 
-@click.command(help=__doc__)
+@click.command(help=(__doc__ or "").partition("The last result")[0])
 @click.option("--cases", type=click.IntRange(1), default=1000, show_default=True, help="How many cases to run.")
 @click.option("--seed", default=0, show_default=True, help="Another seed has other cases.")
 @click.option("--case", "one", type=click.IntRange(0), help="Only the case of this number.")

@@ -80,19 +80,8 @@ def test_what_the_host_runs_outside_a_recording_is_not_seen():
     denoiser = make_denoiser()
     x, sigma, cond, uncond = inputs()
     tap = AttentionTap(denoiser)
-    with tap.recording(rows=2) as seen:
+    with tap.recording(rows=4) as seen:
         denoiser(x, sigma, mapping_cond=uncond)
     denoiser(x * 2, sigma, mapping_cond=cond)
-    alone = seen.saliency()
-    with tap.recording(rows=2) as again:
-        denoiser(x, sigma, mapping_cond=uncond)
-    assert torch.equal(again.saliency(), alone)
-
-
-def test_a_host_that_records_too_few_samples_is_told():
-    denoiser = make_denoiser()
-    x, sigma, _, uncond = inputs(2)
-    with AttentionTap(denoiser).recording(rows=3) as seen:
-        denoiser(x, sigma, mapping_cond=uncond)
-    with pytest.raises(RuntimeError, match="ran for 2 of the latent's 3 samples"):
+    with pytest.raises(RuntimeError, match="ran for 2 of the latent's 4 samples"):
         seen.saliency()
