@@ -45,6 +45,18 @@ def call(x: Any, sigma: Any, cond: Any, uncond: Any, cond_scale: Any, cond_key: 
             raise TypeError(f"{', '.join(twice)} came twice: in cond, and as a keyword of its own. Give it once.")
 
 
+def for_each_sample(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number, or one for each sample, (b, 1, 1, 1)."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape != x.shape[:1] or value.device != x.device:
+        raise ValueError(
+            f"{name} must be a number, or a tensor with one for each of the {x.shape[0]} samples, shape ({x.shape[0]},) on "
+            f"{x.device}, got {described(value)} on {value.device}."
+        )
+    return value[:, None, None, None]
+
+
 def guided(value: Any, x: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != x.shape:
         raise TypeError(

@@ -13,14 +13,24 @@ from torch import Tensor, nn
 from ksag import checks, table
 from ksag.cfg import Rule, name_of, plain
 from ksag.conditioning import Conditioning
+from ksag.degrade import attention_mask
 from ksag.graphs import CUDAGraphs
 from ksag.parameters import PARAMETERS, finite, flag
 from ksag.passes import Passes
-from ksag.runs import ended_by_errors
-from ksag.sag import Guidance, self_attention_guidance
+from ksag.runs import Calls, Run, ended_by_errors
+from ksag.sag import self_attention_guidance, take_away
 from ksag.tap import AttentionTap
 from ksag.threads import PerThread
 from ksag.trace import Trace, TraceStep
+
+
+def only(acts: bool | Tensor, t: Tensor) -> Tensor:
+    """t (b, c, h, w) where SAG acts on the sample, and zeros elsewhere."""
+    return torch.where(acts[:, None, None, None], t, 0) if isinstance(acts, Tensor) else t
+
+
+def of_inner_model(name: str) -> Any:
+    return property(lambda self: getattr(self.inner_model, name), doc=f"`inner_model.{name}`, where it has one.")
 
 
 class SAGDenoiser(nn.Module):
@@ -42,7 +52,8 @@ class SAGDenoiser(nn.Module):
 
     Args:
         inner_model: maps (x, sigma, **conditioning) to the denoised latent, as k-diffusion's denoisers do.
-        sag_scale: strength s; 0 is plain classifier-free guidance. The paper's `guide_scale` is 1 + s.
+        sag_scale: strength s; 0 is plain classifier-free guidance. The paper's `guide_scale` is 1 + s. A tensor (b,), on the
+            latent's device, is a strength for each sample.
         blur_sigma: standard deviation of the Gaussian blur, in latent pixels; 0 is no blur.
         blur_kernel_size: odd number of latent pixels that the blur spans. A latent with a side of at most half of it
             cannot be reflected at its border, and is not guided.
@@ -51,6 +62,10 @@ class SAGDenoiser(nn.Module):
             `ksag.list_attention(inner_model)` lists them.
         sigma_range: (lowest, highest) sigma, in the units of the sampler's sigmas, at which SAG acts on a sample; elsewhere its
             result is plain classifier-free guidance. Reads sigma from the device once a call if set.
+        one_pass: blur away at each call what the model attended to at the call before, so that one pass of the model serves all:
+            SAG for little more than the price of plain guidance. A run's first call is not guided.
+        every: compute SAG's direction at one of so many calls of a run, and keep it in between. Reads sigma from the device once a
+            call if more than 1.
         cfg_rule: what becomes of the predictions for uncond and cond: a function of (u, g, cond_scale, x, sigma), such as those
             in `ksag.cfg`. SAG's direction is added to what it returns.
         cond_key: the keyword under which `inner_model` takes its conditioning; None if cond is a dict of keywords.
@@ -69,13 +84,15 @@ class SAGDenoiser(nn.Module):
     def __init__(
         self,
         inner_model: nn.Module,
-        sag_scale: float = 0.5,
+        sag_scale: float | Tensor = 0.5,
         blur_sigma: float = 2.0,
         *,
         blur_kernel_size: int = 9,
         mask_threshold: float = 1.0,
         attention: str | nn.Module = "middle",
         sigma_range: tuple[float, float] = (0.0, math.inf),
+        one_pass: bool = False,
+        every: int = 1,
         cfg_rule: Rule = plain,
         cond_key: str | None = "cond",
         batch_cond: bool = True,
@@ -89,17 +106,23 @@ class SAGDenoiser(nn.Module):
         self.blur_kernel_size = blur_kernel_size
         self.mask_threshold = mask_threshold
         self.sigma_range = sigma_range
+        self.one_pass = one_pass
+        self.every = every
         self.cfg_rule = cfg_rule
         self.cond_key = cond_key
         self.batch_cond = batch_cond
         self.shared_kwargs = shared_kwargs
         self.tap = AttentionTap(inner_model, attention, check=flag("check_attention")(check_attention))
         self._passes = Passes(self.tap)
+        self._delta, self._direction, self._calls = Run(), Run(), Calls()
+        self._warned: set[str] = set()
         self._traces: PerThread[tuple[Trace, ...]] = PerThread(())
         weakref.finalize(self, self.tap.close)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Checks the parameters, here and wherever they are assigned later."""
+        if name in ("attention", "check_attention"):
+            raise AttributeError(f"{name} is chosen when a SAGDenoiser is made: make a new one, and close() this one.")
         super().__setattr__(name, PARAMETERS[name].check(value) if name in PARAMETERS else value)
 
     def forward(
@@ -110,7 +133,7 @@ class SAGDenoiser(nn.Module):
         uncond: Conditioning = None,
         cond_scale: float = 1.0,
         *,
-        sag_scale: float | None = None,
+        sag_scale: float | Tensor | None = None,
         blur_sigma: float | None = None,
         mask_threshold: float | None = None,
         **kwargs: Any,
@@ -135,33 +158,57 @@ class SAGDenoiser(nn.Module):
         sag_scale = self.sag_scale if sag_scale is None else PARAMETERS["sag_scale"].check(sag_scale)
         blur_sigma = self.blur_sigma if blur_sigma is None else PARAMETERS["blur_sigma"].check(blur_sigma)
         mask_threshold = self.mask_threshold if mask_threshold is None else PARAMETERS["mask_threshold"].check(mask_threshold)
-        acts = self._acts(x, sigma, sag_scale)
+        blur = {"blur_sigma": blur_sigma, "blur_kernel_size": self.blur_kernel_size, "mask_threshold": mask_threshold}
+        strength = checks.for_each_sample("sag_scale", sag_scale, x)
         base = cond if uncond is None else uncond
         parts = [(x, base)] if uncond is None else [(x, uncond), (x, cond)]
 
         with ended_by_errors(self.reset):
+            acts = self._acts(x, sigma, sag_scale)
+            looks, asks = self._plan(x, sigma, acts)
+
             # 1. The predictions, and what the model attends to on the unconditional half
-            predictions, saliency = self._ask(parts, sigma, kwargs, record=acts is not False)
-            u, g = predictions[0], predictions[-1]
+            if asks and self.one_pass:
+                delta = self._delta.last(sigma, x)
+                parts.append((x - delta, base))
+            predictions, saliency = self._ask(parts, sigma, kwargs, record=looks)
+            u, g = predictions[0], predictions[0 if uncond is None else 1]
 
             # 2. Classifier-free guidance
             cfg = u if uncond is None else checks.guided(self.cfg_rule(u, g, cond_scale, x, sigma), x)
             if uncond is None or self.cfg_rule is not plain:
                 cfg = cfg.clone()  # it may be u or g, which the next pass may overwrite
-            if saliency is None:
+            if acts is False:
                 return cfg
-            kept = self._copies(sigma, saliency, u)
 
             # 3. to 6. Where the model looks, that taken away, and what the model makes of it under the same noise
-            guidance = self_attention_guidance(
-                u, x, saliency, lambda x: self._ask([(x, base)], sigma, kwargs)[0][0],
-                blur_sigma=blur_sigma, blur_kernel_size=self.blur_kernel_size, mask_threshold=mask_threshold,
-            )  # fmt: skip
-            self._keep_step(kept, guidance)
+            seen = self._copies(sigma, saliency, u) if asks else []
+            if asks and self.one_pass:
+                d, r = u - delta.to(u.dtype), predictions[-1]
+            elif asks:
+                _, d, r = self_attention_guidance(u, x, saliency, lambda x: self._ask([(x, base)], sigma, kwargs)[0][0], **blur)
+            direction = only(acts, d - r) if asks else self._direction.last(sigma, u)
+            if asks:
+                self._keep_step(seen, d, r, mask_threshold)
+
+            # What the next call takes over
+            if looks and self.one_pass:
+                _, d = take_away(u, saliency, **blur)
+                self._delta.keep(sigma, only(acts, u - d).to(x.dtype))
+            if self.every > 1:
+                self._direction.keep(sigma, direction)
 
             # 7. Away from it
-            guided = cfg + guidance.direction * sag_scale
-            return torch.where(acts[:, None, None, None], guided, cfg) if isinstance(acts, Tensor) else guided
+            return cfg + (direction * strength).to(cfg.dtype)
+
+    def _plan(self, x: Tensor, sigma: Tensor, acts: bool | Tensor) -> tuple[bool, bool]:
+        """Whether this call sees what the model attends to, and whether it asks for the direction, or goes on with the last one."""
+        if acts is False:
+            self._end_run()
+            return False, False
+        n = self._calls.number(sigma, x) if self.every > 1 else 0
+        asks = (n - self.one_pass) % self.every == 0  # in one pass, the call after one that looks
+        return n % self.every == 0 or (asks and bool(self._traces.get())), asks
 
     def _ask(self, parts: list, sigma: Tensor, kwargs: dict[str, Any], record: bool = False) -> tuple[list[Tensor], Tensor | None]:
         return self._passes(
@@ -169,26 +216,53 @@ class SAGDenoiser(nn.Module):
             cond_key=self.cond_key, batched=self.batch_cond, shared=self.shared_kwargs, record=record,
         )  # fmt: skip
 
-    def _acts(self, x: Tensor, sigma: Tensor, sag_scale: float) -> bool | Tensor:
+    def _acts(self, x: Tensor, sigma: Tensor, sag_scale: float | Tensor) -> bool | Tensor:
         """Whether SAG acts, or on which samples, (b,)."""
-        if sag_scale == 0 or min(x.shape[2:]) <= self.blur_kernel_size // 2:  # the blur reflects at every border
+        if not isinstance(sag_scale, Tensor) and sag_scale == 0:
             return False
         if self.tap.closed:
             raise RuntimeError("This SAGDenoiser was closed, so it no longer sees what the model attends to. Make a new one.")
+        if min(x.shape[2:]) <= self.blur_kernel_size // 2:  # the blur reflects at every border
+            self._warn_once(
+                f"A latent of {x.shape[2]} × {x.shape[3]} is left without SAG: blur_kernel_size={self.blur_kernel_size} "
+                f"reflects at every border. Give a blur_kernel_size of at most {2 * min(x.shape[2:]) - 1}."
+            )
+            return False
+        if self.tap.layer.training:
+            self._warn_once("inner_model is in train mode, so that its dropout, if it has any, is active: call inner_model.eval().")
         low, high = self.sigma_range
         if (low, high) == (0.0, math.inf):
             return True
         inside = (low <= sigma) & (sigma <= high)
         return inside if bool(inside.any()) else False
 
+    # what k-diffusion's users ask of a denoiser
+    sigmas = of_inner_model("sigmas")
+    get_sigmas = of_inner_model("get_sigmas")
+    sigma_min = of_inner_model("sigma_min")
+    sigma_max = of_inner_model("sigma_max")
+    sigma_data = of_inner_model("sigma_data")
+    sigma_to_t = of_inner_model("sigma_to_t")
+    t_to_sigma = of_inner_model("t_to_sigma")
+
     def reset(self) -> None:
-        """Begins a run at this thread's next call, for a `cfg_rule` that keeps something from call to call.
+        """Begins a run at this thread's next call, for `one_pass`, `every`, and a `cfg_rule` that keeps something between calls.
 
         A run begins by itself where sigma rises to more than 1.5 times its last value, at another shape, dtype or device, and after
         an error inside a call. One that was given up between two calls cannot be seen from inside.
         """
+        self._end_run()
         if hasattr(self.cfg_rule, "reset"):
             self.cfg_rule.reset()
+
+    def _end_run(self) -> None:
+        for kept in self._delta, self._direction, self._calls:
+            kept.reset()
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned and not torch.compiler.is_dynamo_compiling():
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=5)  # at the call of this wrapper
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -210,12 +284,12 @@ class SAGDenoiser(nn.Module):
     def _copies(self, *values: Tensor) -> list[Tensor]:
         return [value.detach().to("cpu", copy=True) for value in values] if self._traces.get() else []
 
-    def _keep_step(self, kept: list[Tensor], guidance: Guidance) -> None:
+    def _keep_step(self, seen: list[Tensor], d: Tensor, r: Tensor, mask_threshold: float) -> None:
         if traces := self._traces.get():
-            sigma, saliency, u = kept
-            mask, d, r = self._copies(*guidance)
+            sigma, saliency, u = seen
+            mask = attention_mask(saliency, mask_threshold, (u.shape[2], u.shape[3]))
             for steps in traces:
-                steps.append(TraceStep(sigma, saliency, mask, u, d, r))
+                steps.append(TraceStep(sigma, saliency, mask, u, *self._copies(d, r)))
 
     def use_cuda_graphs(self, limit: int = 8) -> "SAGDenoiser":
         """From now on, replays the model's passes as CUDA graphs: the step is no longer bound by the host's kernel launches.

@@ -7,6 +7,7 @@ ValueError: sag_scale must be a number, got the str 'strong'.
 
 import math
 import numbers
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,9 +36,11 @@ def number(name: str, value: Any) -> float:
     # type() first, because Dynamo sees a number that varies from call to call as no instance of anything
     if type(value) not in (int, float):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            as_number = f": give {name}.item()" if getattr(value, "ndim", None) == 0 or isinstance(value, Tensor) else ""
+            as_number = ": give its .item()" if getattr(value, "ndim", None) == 0 else ""
             raise ValueError(f"{name} must be a number, got {described(value)}{as_number}.")
         value = float(value)
+    elif type(value) is int and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be a number that a float can hold, got an int of {value.bit_length()} bits.")
     return value
 
 
@@ -46,6 +49,18 @@ def finite(name: str, value: Any) -> float:
     if not -math.inf < value < math.inf:  # math.isfinite cannot be compiled for a value that varies
         raise ValueError(f"{name} must be a finite number, got {value}.")
     return value
+
+
+def sag_scale(value: Any) -> float | Tensor:
+    if isinstance(value, Tensor) and value.ndim == 1 and value.is_floating_point():
+        return value
+    return finite("sag_scale", value)
+
+
+def every(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"every is a number of calls, 1 or more: SAG is computed at one of so many. Got {described(value)}.")
+    return int(value)
 
 
 def blur_sigma(value: Any) -> float:
@@ -112,11 +127,13 @@ class Parameter(NamedTuple):
 
 
 PARAMETERS = {
-    "sag_scale": Parameter(lambda value: finite("sag_scale", value), per_call=True),
+    "sag_scale": Parameter(sag_scale, per_call=True),
     "blur_sigma": Parameter(blur_sigma, per_call=True),
     "blur_kernel_size": Parameter(blur_kernel_size),
     "mask_threshold": Parameter(lambda value: finite("mask_threshold", value), per_call=True),
     "sigma_range": Parameter(sigma_range),
+    "one_pass": Parameter(flag("one_pass")),
+    "every": Parameter(every),
     "cfg_rule": Parameter(cfg_rule),
     "cond_key": Parameter(cond_key),
     "batch_cond": Parameter(flag("batch_cond")),

@@ -52,6 +52,40 @@ class Run:
         self._kept.set(None)
 
 
+class Call(NamedTuple):
+    number: int
+    """0 for a run's first."""
+    sigmas: list[float]
+    form: tuple
+    """The latent's shape, dtype and device."""
+
+
+class Calls:
+    """Counts the calls of a run, for each thread. A run begins, for the whole batch, where it does for one sample of it in `Run`.
+
+    >>> calls = Calls()
+    >>> [calls.number(torch.tensor([sigma]), torch.zeros(1, 4, 8, 8)) for sigma in (9.0, 3.0, 4.0, 9.0)]
+    [0, 1, 2, 0]
+    """
+
+    def __init__(self) -> None:
+        self._last: PerThread[Call | None] = PerThread(None)
+
+    def number(self, sigma: Tensor, x: Tensor) -> int:
+        """How many calls of the run came before this one, of `x` (b, c, h, w) at `sigma` (b,). Reads sigma from its device."""
+        last, sigmas, form = self._last.get(), sigma.tolist(), (x.shape, x.dtype, x.device)
+        number = 0
+        if last is not None and last.form == form:
+            rises = any(s > RISE * before for s, before in zip(sigmas, last.sigmas, strict=True))
+            number = 0 if rises else last.number + 1
+        self._last.set(Call(number, sigmas, form))
+        return number
+
+    def reset(self) -> None:
+        """Begins a run at this thread's next call."""
+        self._last.set(None)
+
+
 @contextlib.contextmanager
 def ended_by_errors(reset: Callable[[], None]) -> Iterator[None]:
     """Calls `reset` where the block is left by an error, Ctrl-C included: what one call left half done is nothing to go on from."""

@@ -279,7 +279,7 @@ class AttentionTap:
         except ValueError as error:
             known = "no family that ksag knows" if self.family is None else "another way of attending than its family's"
             raise ValueError(
-                f"{self.path!r} is a {type(self.layer).__name__} of {known}, and its attention cannot be read: "
+                f"{self.path!r} ({type(self.layer).__name__} of {known}): attention cannot be read: "
                 f"{error}. Name the module around just that one call. {self._hint}"
             ) from None
 
@@ -306,7 +306,7 @@ class AttentionTap:
             self._to_check = False
             return read  # what was applied is what was read, thinned out at random
         raise ValueError(
-            f"{self.path!r} is a {type(self.layer).__name__}, read as a {self.family.name}, but the attention that it applied is "
+            f"{self.path!r} ({type(self.layer).__name__}) is read as {self.family.name}, but the attention that it applied is "
             f"another than its projections give: they differ by {error:.0f} times what rounding explains. Likely "
             f"cause: {self._likely_cause()}. Name another layer as attention=, or pass check_attention=False if you know better."
         )

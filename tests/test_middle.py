@@ -413,5 +413,5 @@ def test_attention_within_a_neighbourhood_is_no_middle():
 def test_what_attends_to_the_text_cannot_be_named(path):
     model = compvis_with(disabled=[MIDDLE_BLOCK])
     assert path not in [layer.path for layer in ksag.list_attention(model)]
-    with pytest.raises(ValueError, match="not a self-attention layer that ksag supports"):
+    with pytest.raises(ValueError, match="no self-attention layer that ksag supports"):
         ksag.SAGDenoiser(model, attention=path)

@@ -29,13 +29,17 @@ NOT_NUMBERS = [
     (torch.tensor([0.5, 1.0]), NUMBER + r"a tensor of shape \(2,\)"),
     (math.inf, "must be a finite number, got inf"),
     (-math.inf, "must be a finite number, got -inf"),
+    (10**400, "must be a number that a float can hold, got an int of 1329 bits"),
 ]
 NONE = (None, NUMBER + "None")  # per call it is "the constructor's"
 KERNEL = "blur_kernel_size must be an odd number of latent pixels, such as 9, got "
 RANGE = r"sigma_range is \(lowest, highest\) sigma, "
 END = "sigma_range must be a number, got "
 MALFORMED = {
-    "sag_scale": [*NOT_NUMBERS, NONE],
+    "sag_scale": [
+        *[case for case in NOT_NUMBERS if not isinstance(case[0], torch.Tensor) or case[0].ndim != 1], NONE,
+        (torch.tensor([1, 2]), NUMBER + r"a tensor of shape \(2,\)"), (torch.ones(2, 1), NUMBER + r"a tensor of shape \(2, 1\)"),
+    ],
     "blur_sigma": [*NOT_NUMBERS, NONE, (-1.0, "0 .no blur. or more, got -1.0"), (-1e-300, "0 .no blur. or more")],
     "mask_threshold": [*NOT_NUMBERS, NONE],
     "blur_kernel_size": [
@@ -52,6 +56,11 @@ MALFORMED = {
         ((5.0, 1.0), r"got \(5.0, 1.0\): give \(1.0, 5.0\)\?"), ((None, 5.0), END + "None"),
         (((0.0, 1.0), 2.0), END + r"the tuple \(0.0, 1.0\)"), (torch.tensor([0.0, 5.0]), RANGE + r"got a tensor of shape \(2,\)"),
         (np.array([0.0, 5.0]), RANGE + "got the ndarray"), ({0.0: 1, 5.0: 2}, RANGE + "got the dict"),
+    ],
+    "one_pass": [(1, "one_pass is True or False, got the int 1"), (None, "got None")],
+    "every": [
+        (0, "every is a number of calls, 1 or more: .* Got the int 0"), (-1, "Got the int -1"), (2.0, "Got the float 2.0"),
+        (True, "Got the bool True"), (None, "Got None"), ("2", "Got the str '2'"),
     ],
     "cfg_rule": [(None, r"cfg_rule is a function of .*got None"), ("plain", "got the str 'plain'"), (0.7, "got the float 0.7")],
     "cond_key": [(3, "cond_key is the keyword .*got the int 3"), (["cond"], "got the list"), (b"cond", "got the bytes")],

@@ -1,0 +1,532 @@
+"""One pass, and a direction kept between calls: is a run what the formulas give, under every sampler, whatever came before it?
+
+The formulas are written once more here, in float64, one sample after another. The model computes in float64 too, so that rounding
+moves no token across the threshold.
+"""
+
+import threading
+
+import k_diffusion as K
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import ksag
+from ksag import cfg
+from ksag.samplers import SAMPLERS, sample
+from tests import reference
+from tests.models import inputs, make_denoiser
+
+SIZE, GRID = (12, 16), (6, 8)
+FORMS = [
+    pytest.param({"one_pass": True}, id="one pass"),
+    pytest.param({"every": 2}, id="every 2"),
+    pytest.param({"every": 3}, id="every 3"),
+    pytest.param({"one_pass": True, "every": 3}, id="one pass, every 3"),
+]
+
+
+class InDouble(nn.Module):
+    """k-diffusion's denoiser, computing in float64, and the batch of every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_denoiser().double()
+        self.batches = []
+
+    def forward(self, x, sigma, mapping_cond=None, **kwargs):
+        self.batches.append(x.shape[0])
+        cond = None if mapping_cond is None else mapping_cond.double()
+        return self.inner(x.double(), sigma.double(), mapping_cond=cond, **kwargs).to(x.dtype)
+
+
+class Unseen(nn.Module):
+    """Calls a model that `sample` cannot find in it, and so does not reset."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = [call]
+
+    def forward(self, *args, **kwargs):
+        return self.call[0](*args, **kwargs)
+
+
+class Reference(nn.Module):
+    """The design's formulas for one pass and for every n-th call, each sample with a run of its own."""
+
+    def __init__(self, model, sag_scale=0.8, one_pass=False, every=1, sigma_range=(0.0, float("inf")), rule=None):
+        super().__init__()
+        self.model, self.sag_scale, self.one_pass, self.every, self.sigma_range = model, sag_scale, one_pass, every, sigma_range
+        self.rule = rule or (lambda u, g, w, x, sigma: u + w * (g - u))
+        self.runs = {}
+
+    def forward(self, x, sigma, cond=None, uncond=None, cond_scale=1.0):
+        rows = [self.one(i, x[i : i + 1], sigma[i : i + 1], *(c if c is None else c[i : i + 1] for c in (cond, uncond)), cond_scale)
+                for i in range(len(x))]  # fmt: skip
+        return torch.cat(rows).to(x.dtype)
+
+    def one(self, i, x, sigma, cond, uncond, cond_scale):
+        def D(x, c):
+            return self.model.inner(x.double(), sigma.double(), mapping_cond=None if c is None else c.double())
+
+        base = cond if uncond is None else uncond
+        u, attention = reference.applied_attention(lambda: D(x, base), 0)
+        guided = u if uncond is None else self.rule(u, D(x, cond), cond_scale, x.double(), sigma.double())
+        if not self.sigma_range[0] <= sigma <= self.sigma_range[1]:
+            self.runs.pop(i, None)
+            return guided
+        run = self.runs.get(i)
+        if run is None or sigma > 1.5 * run["sigma"]:
+            run = {"n": 0, "delta": torch.zeros_like(u), "direction": torch.zeros_like(u)}
+        mask = reference.upsampled((reference.saliency_of(attention, GRID) > 1).double(), SIZE)
+        d = mask * reference.blurred(u, 2.0, 9) + (1 - mask) * u
+        direction = run["direction"]
+        if self.one_pass and run["n"] % self.every == 1 % self.every:
+            direction = u - run["delta"] - D(x.double() - run["delta"], base)
+        elif not self.one_pass and run["n"] % self.every == 0:
+            direction = d - D(d + (x.double() - u), base)
+        self.runs[i] = {"n": run["n"] + 1, "sigma": sigma, "delta": u - d, "direction": direction}
+        return guided + self.sag_scale * direction
+
+
+@pytest.fixture
+def model():
+    return InDouble()
+
+
+def wrap(model, **options):
+    return ksag.SAGDenoiser(model, **{"sag_scale": 0.8, "cond_key": "mapping_cond", **options})
+
+
+def conditions(cond_scale=3.0):
+    generator = torch.Generator().manual_seed(5)
+    return {"cond": torch.randn(2, 10, generator=generator), "uncond": torch.zeros(2, 10), "cond_scale": cond_scale}
+
+
+SIGMAS = K.sampling.get_sigmas_karras(7, 0.1, 10.0)
+
+
+def run(model, sampler="euler", seeds=(0, 1), args=None, sigmas=SIGMAS, size=SIZE):
+    return sample(sampler, model, (3, *size), sigmas, seeds, conditions() if args is None else args)
+
+
+def relative(actual, expected):
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+# The formulas
+
+
+@pytest.mark.parametrize("form", [FORMS[0], *FORMS[2:]])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_run_is_what_the_formulas_give(model, sampler, form):
+    expected = run(Reference(model, **form), sampler)
+    assert relative(run(wrap(model, **form), sampler), expected) < 1e-5
+    assert relative(run(Reference(model), sampler), expected) > 1e-3  # exact SAG is another image
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_under_as_much_churn_as_heun_can_have(model, form):
+    def image(denoiser):
+        torch.manual_seed(3)
+        return K.sampling.sample_heun(denoiser, x, SIGMAS, conditions(), disable=True, s_churn=20.0)
+
+    x = torch.randn(2, 3, *SIZE) * SIGMAS[0]
+    assert relative(image(wrap(model, **form)), image(Reference(model, **form))) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("args", [{}, {"cond": conditions()["cond"]}], ids=["no cond", "cond alone"])
+def test_one_prediction_is_both_u_and_cfg(model, form, args):
+    assert relative(run(wrap(model, **form), args=args), run(Reference(model, **form), args=args)) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("sigma_range", [(0.3, 4.0), (0.0, 0.2), (1.0, float("inf"))])
+def test_a_run_that_enters_and_leaves_the_range(model, form, sampler, sigma_range):
+    expected = run(Reference(model, **form, sigma_range=sigma_range), sampler)
+    assert relative(run(wrap(model, **form, sigma_range=sigma_range), sampler), expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_beside_another_rule(model, form):
+    expected = run(Reference(model, **form, rule=cfg.rescale(0.7)))
+    assert relative(run(wrap(model, **form, cfg_rule=cfg.rescale(0.7))), expected) < 1e-5
+    momentum = run(Reference(model, **form, rule=PerSample()))
+    assert relative(run(wrap(model, **form, cfg_rule=cfg.apg())), momentum) < 1e-5
+
+
+class PerSample:
+    """`cfg.apg`, which has tests of its own, with a momentum for each of the samples that `Reference` takes in turn."""
+
+    def __init__(self):
+        self.rules, self.calls = [cfg.apg(), cfg.apg()], 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.rules[(self.calls - 1) % 2](*args)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_image_to_image(model, form):
+    x = torch.randn(2, 3, *SIZE) * SIGMAS[3]
+    guided, expected = wrap(model, **form), Reference(model, **form)
+    images = [K.sampling.sample_euler(denoiser, x, SIGMAS[3:], conditions(), disable=True) for denoiser in (guided, expected)]
+    assert relative(*images) < 1e-5
+
+
+def test_with_this_calls_delta_it_is_exact_sag(model):
+    """A second call at the same x and sigma has it."""
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    guided, exact = wrap(model, one_pass=True), wrap(model)(x, sigma, **args)
+    first, second = guided(x, sigma, **args), guided(x, sigma, **args)
+    assert relative(first, wrap(model)(x, sigma, **args, sag_scale=0.0)) < 1e-6
+    assert relative(second, exact) < 1e-6
+    assert relative(first, exact) > 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+def test_a_direction_kept_for_one_call_is_that_of_every_call(model, sampler):
+    assert torch.equal(run(wrap(model, every=1), sampler), run(wrap(model), sampler))
+
+
+# What the model is asked
+
+
+@pytest.mark.parametrize(("options", "batches"), [
+    ({"one_pass": True}, [6] * 6),
+    ({"every": 2}, [4, 2, 4, 4, 2, 4, 4, 2, 4]),
+    ({"one_pass": True, "every": 2}, [4, 6, 4, 6, 4, 6]),
+    ({"one_pass": True, "every": 3}, [4, 6, 4, 4, 6, 4]),
+    ({"one_pass": True, "batch_cond": False}, [2, 2, 2] * 6),
+    ({"one_pass": True, "sigma_range": (0.0, 1.0)}, [4, 4, 4, 6, 6, 6]),
+    ({"one_pass": True, "sag_scale": 0.0}, [4] * 6),
+])  # fmt: skip
+def test_the_number_and_the_size_of_the_models_calls(model, options, batches):
+    run(wrap(model, **options), sigmas=torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.0]))
+    assert model.batches == batches
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cond_and_uncond_that_cannot_be_batched(form):
+    class Adds(nn.Module):  # a stand-in for a model that takes prompts of any length
+        def __init__(self):
+            super().__init__()
+            self.inner, self.batches = make_denoiser().double(), []
+
+        def forward(self, x, sigma, cond):
+            self.batches.append(x.shape[0])
+            return self.inner(x.double(), sigma.double(), mapping_cond=cond.mean(1).double()).to(x.dtype)
+
+    generator = torch.Generator().manual_seed(1)
+    short, long = (torch.randn(2, n, 10, generator=generator) for n in (3, 5))
+    args = {"cond": long, "uncond": short, "cond_scale": 3.0}
+    of_means = {"cond": long.mean(1), "uncond": short.mean(1), "cond_scale": 3.0}
+    adds = Adds()
+    result = run(ksag.SAGDenoiser(adds, 0.8, **form), args=args)
+    assert relative(result, run(Reference(InDouble(), **form), args=of_means)) < 1e-5
+    assert (4 in adds.batches) == ("one_pass" in form)  # uncond, of x and of x − δ'
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_cond_changes_nothing(model, form):
+    assert relative(run(wrap(model, **form, batch_cond=False)), run(wrap(model, **form))) < 1e-6
+
+
+# A run begins
+
+
+@pytest.mark.parametrize("form", [{"one_pass": True}, {"one_pass": True, "every": 3}])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_two_runs_after_each_other_are_two_runs_alone(denoiser, sampler, form):
+    """Without `reset`, which `sample` would call."""
+    sigmas = K.sampling.get_sigmas_karras(4, 0.1, 10.0)
+    guided = wrap(denoiser, **form)
+    for seeds in [0, 1], [2, 3]:
+        alone = run(wrap(denoiser, **form), sampler, seeds, sigmas=sigmas)
+        assert torch.equal(run(Unseen(guided), sampler, seeds, sigmas=sigmas), alone)
+
+
+def after(model, form, between, second=None, calls=2):
+    """The images of a run that follows half another one and what comes between; and alone."""
+    guided = wrap(model, **form)
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    for i in range(5):
+        guided(x, sigma * 0.9**i, **args)
+    between(guided, x, sigma, args)
+    x, sigma, args = second or (x.flip(0), sigma * 0.5, args)
+
+    def images(guided):
+        return torch.stack([guided(x, sigma * 0.9**i, **args) for i in range(calls)])
+
+    return images(guided), images(wrap(model, **form))
+
+
+def nothing(guided, x, sigma, args):
+    pass
+
+
+def reset(guided, x, sigma, args):
+    guided.reset()
+
+
+def an_error(guided, x, sigma, args):
+    fail(guided, x, sigma, args, lambda: 1 / 0, ZeroDivisionError)
+
+
+def ctrl_c(guided, x, sigma, args):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    fail(guided, x, sigma, args, interrupt, KeyboardInterrupt)
+
+
+def fail(guided, x, sigma, args, raise_, error):
+    handle = guided.inner_model.register_forward_hook(lambda *_: raise_())
+    with pytest.raises(error):
+        guided(x, sigma * 0.55, **args)
+    handle.remove()
+
+
+def a_call_out_of_range(guided, x, sigma, args):
+    guided.sigma_range = (0.0, 1.0)
+    guided(x, sigma, **args)
+    guided.sigma_range = (0.0, float("inf"))
+
+
+def a_plain_call(guided, x, sigma, args):
+    guided(x, sigma * 0.55, **args, sag_scale=0.0)
+
+
+def another_size(guided, x, sigma, args):
+    guided(x[..., :10], sigma * 0.55, **args)
+
+
+def another_batch(guided, x, sigma, args):
+    guided(x[:1], sigma[:1] * 0.6, **{**args, "cond": args["cond"][:1], "uncond": args["uncond"][:1]})
+
+
+def another_dtype(guided, x, sigma, args):
+    guided(x.double(), sigma * 0.55, **args)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "between",
+    [reset, an_error, ctrl_c, a_call_out_of_range, a_plain_call, another_size, another_batch, another_dtype],
+)
+def test_what_begins_a_run(model, form, between):
+    went_on, alone = after(model, form, nothing)
+    assert relative(went_on, alone) > 1e-4
+    assert torch.equal(*after(model, form, between))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_higher_sigma_begins_a_run_and_churn_does_not(model, form):
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    assert torch.equal(*after(model, form, nothing, (x, sigma * 0.9**4 * 1.6, args)))
+    assert relative(*after(model, form, nothing, (x, sigma * 0.9**4 * 2**0.5, args))) > 1e-4
+
+
+def test_each_sample_begins_its_own_run(model):
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    guided, oracle = wrap(model, one_pass=True), Reference(model, one_pass=True)
+    for factors in [1.0, 1.0], [0.9, 0.9], [2.0, 0.8], [1.8, 0.7]:
+        sigmas = sigma * torch.tensor(factors)
+        assert relative(guided(x, sigmas, **args), oracle(x, sigmas, **args)) < 1e-6
+
+
+def test_each_sample_enters_the_range_by_itself(model):
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    options = {"one_pass": True, "sigma_range": (0.0, 3.0)}
+    guided, oracle = wrap(model, **options), Reference(model, **options)
+    for factors in [1.2, 1.0], [1.1, 0.9], [0.99, 0.8], [0.9, 0.7]:
+        sigmas = sigma * torch.tensor(factors)
+        assert relative(guided(x, sigmas, **args), oracle(x, sigmas, **args)) < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_threads_have_runs_of_their_own(model, form):
+    guided = wrap(model, **form)
+    alone = [run(wrap(model, **form), seeds=seeds) for seeds in ([0, 1], [2, 3])]
+    barrier, results = threading.Barrier(2, timeout=120), {}
+
+    def work(i):
+        def in_turns(*args, **kwargs):
+            barrier.wait()
+            return guided(*args, **kwargs)
+
+        results[i] = run(Unseen(in_turns), seeds=[[0, 1], [2, 3]][i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(results[0], alone[0]) and torch.equal(results[1], alone[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_wrapper_on_the_same_model_is_another_run(model, form):
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    one, other = wrap(model, **form), wrap(model, **form)
+    alone = [one(x, sigma * s, **args) for s in (1.0, 0.9, 0.8)]
+    one.reset()
+    for s, expected in zip((1.0, 0.9, 0.8), alone, strict=True):
+        assert torch.equal(one(x, sigma * s, **args), expected)
+        other(x.flip(0), sigma * s, **args)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_log_likelihood_runs_upwards(form):
+    def likelihood(guided):
+        torch.manual_seed(0)
+        x, *_ = inputs(1, SIZE)
+        return K.sampling.log_likelihood(guided, x / 3, 0.1, 10.0, extra_args={}, atol=1e-2, rtol=1e-2)[0]
+
+    guided = wrap(make_denoiser(), **form)
+    first = likelihood(guided)
+    assert first.isfinite().all()
+    guided.reset()  # it ends high, so that the next run would not be seen to begin
+    assert torch.equal(likelihood(guided), first)
+
+
+# Beside everything else
+
+
+def test_the_trace_has_a_step_for_each_direction(model):
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    guided = wrap(model, one_pass=True)
+    with guided.trace() as steps:
+        results = [guided(x, sigma * s, **args) for s in (1.0, 0.9)]
+    taken_away = steps[0].mask * (steps[0].uncond - reference.blurred(steps[0].uncond, 2.0, 9))
+    assert relative(steps[1].uncond - steps[1].degraded, taken_away) < 1e-4
+    plain = wrap(model)(x, sigma * 0.9, **args, sag_scale=0.0)
+    assert relative(results[1], plain + 0.8 * (steps[1].degraded - steps[1].reevaluated)) < 1e-6
+
+
+@pytest.mark.parametrize(("form", "steps"), [({"every": 3}, 2), ({"one_pass": True, "every": 3}, 2), ({"one_pass": True}, 6)])
+def test_tracing_changes_nothing(model, form, steps):
+    sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.0])
+    guided = wrap(model, **form)
+    untraced = run(guided, sigmas=sigmas)
+    with guided.trace() as trace:
+        assert torch.equal(run(guided, sigmas=sigmas), untraced)
+    assert len(trace) == steps
+    for step in trace:
+        assert step.saliency.mean().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("form", [{}, {"one_pass": True}, {"every": 2}])
+def test_a_strength_for_each_sample(model, form):
+    def image(strength, **args):
+        return run(wrap(model, **form, sag_scale=strength), args={**conditions(), **args})
+
+    both = image(torch.tensor([0.3, 1.2]))
+    assert relative(both[:1], image(0.3)[:1]) < 1e-5 and relative(both[1:], image(1.2)[1:]) < 1e-5
+    assert torch.equal(image(0.5, sag_scale=torch.tensor([0.3, 1.2])), both)
+    with pytest.raises(ValueError, match=r"sag_scale must be .* one for each of the 2 samples, .* got a tensor of shape \(3,\)"):
+        image(torch.ones(3))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_settings_from_call_to_call(model, form):
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    guided = wrap(model, **form)
+    for i in range(5):
+        guided(x, sigma * 0.9**i, **args)
+    by_call = wrap(model, **form)
+    for i in range(5):
+        result = by_call(x, sigma * 0.9**i, **args, sag_scale=0.8, blur_sigma=2.0, mask_threshold=1.0)
+    guided.reset()
+    for i in range(5):
+        expected = guided(x, sigma * 0.9**i, **args)
+    assert torch.equal(result, expected)
+    assert not torch.equal(by_call(x, sigma * 0.5, **args, blur_sigma=0.5, sag_scale=2.0), guided(x, sigma * 0.5, **args))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients(form):
+    """They flow through a call, and not from one call to the next."""
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    guided = wrap(make_denoiser(), **form)
+    for i in range(3):
+        x.requires_grad_()
+        result = guided(x, sigma * 0.9**i, cond=cond, uncond=uncond, cond_scale=3.0)
+        (gradient,) = torch.autograd.grad(result.square().sum(), x)
+        assert gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(form, dtype):
+    """At threshold 0 all is masked, so that no token can change sides. Against float32, at the dtype's own error for exact SAG."""
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    denoiser = make_denoiser()
+
+    def results(denoiser, dtype, **form):
+        guided = wrap(denoiser.to(dtype), mask_threshold=0.0, **form)
+        args = {"cond": cond.to(dtype), "uncond": uncond.to(dtype), "cond_scale": 3.0}
+        return torch.stack([guided(x.to(dtype), sigma.to(dtype) * 0.9**i, **args) for i in range(4)])
+
+    exact = results(denoiser, torch.float32)
+    usual = relative(results(denoiser, dtype), exact)
+    result = results(denoiser, dtype, **form)
+    assert result.dtype == dtype
+    assert relative(result, results(denoiser, torch.float32, **form)) < 3 * max(usual, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_keeps_the_run(form):
+    """The model returns half precision then, and the latent is float32."""
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_denoiser()
+
+        def forward(self, x, sigma, **kwargs):
+            return self.inner(x, sigma, **kwargs).bfloat16()
+
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    guided, exact = wrap(Half(), **form, sag_scale=2.0), wrap(Half(), sag_scale=2.0)
+    for _ in range(2 if form.get("one_pass") else 1):
+        result = guided(x, sigma, **args)
+    assert result.dtype == torch.bfloat16
+    plain = exact(x, sigma, **args, sag_scale=0.0)
+    assert relative(result - plain, exact(x, sigma, **args) - plain) < 0.05
+
+
+@pytest.mark.parametrize(("form", "whole"), [
+    ({"one_pass": True}, False),
+    ({"one_pass": True}, True),
+    pytest.param({"every": 3}, True, marks=pytest.mark.slow),
+    pytest.param({"one_pass": True, "every": 3}, False, marks=pytest.mark.slow),
+    pytest.param({"one_pass": True, "every": 3}, True, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_compiled(form, whole):
+    torch._dynamo.reset()
+    guided = wrap(make_denoiser(), **form)
+    expected = run(guided)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = guided
+    if whole:
+        compiled = torch.compile(guided, fullgraph="every" not in form, backend=counter)  # which reads sigma
+    else:
+        guided.inner_model = torch.compile(guided.inner_model, fullgraph=True, backend=counter)
+    for _ in range(2):
+        guided.reset()
+        assert relative(run(Unseen(compiled)), expected) < 1e-5
+    assert counter.frame_count > 0
+    torch._dynamo.reset()
