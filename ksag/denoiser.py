@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksag import checks, table
+from ksag import checks, keywords, table
 from ksag.cfg import Rule, name_of, plain
 from ksag.conditioning import Conditioning
 from ksag.degrade import attention_mask
@@ -27,6 +27,10 @@ from ksag.trace import Trace, TraceStep
 def only(acts: bool | Tensor, t: Tensor) -> Tensor:
     """t (b, c, h, w) where SAG acts on the sample, and zeros elsewhere."""
     return torch.where(acts[:, None, None, None], t, 0) if isinstance(acts, Tensor) else t
+
+
+OWN = ("tap", "_passes", "_delta", "_direction", "_calls", "_warned", "_traces")
+"""What a copy of a SAGDenoiser does not take over: its hooks, and what it keeps from call to call."""
 
 
 def of_inner_model(name: str) -> Any:
@@ -112,12 +116,28 @@ class SAGDenoiser(nn.Module):
         self.cond_key = cond_key
         self.batch_cond = batch_cond
         self.shared_kwargs = shared_kwargs
-        self.tap = AttentionTap(inner_model, attention, check=flag("check_attention")(check_attention))
+        self._look_at(attention, flag("check_attention")(check_attention))
+
+    def _look_at(self, attention: str | nn.Module, check: bool) -> None:
+        """Hooks the layer, and begins with nothing kept."""
+        self.tap = AttentionTap(self.inner_model, attention, check)
         self._passes = Passes(self.tap)
         self._delta, self._direction, self._calls = Run(), Run(), Calls()
         self._warned: set[str] = set()
         self._traces: PerThread[tuple[Trace, ...]] = PerThread(())
         weakref.finalize(self, self.tap.close)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: all but what belongs to this wrapper alone."""
+        state = {name: value for name, value in super().__getstate__().items() if name not in OWN}
+        return state | {"_modules": dict(state["_modules"]), "_layer": (self.tap.path, self.tap.check, self.tap.closed)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        path, check, closed = state.pop("_layer")
+        super().__setstate__(state)
+        self._look_at(path, check)
+        if closed:
+            self.tap.close()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Checks the parameters, here and wherever they are assigned later."""
@@ -162,11 +182,10 @@ class SAGDenoiser(nn.Module):
         strength = checks.for_each_sample("sag_scale", sag_scale, x)
         base = cond if uncond is None else uncond
         parts = [(x, base)] if uncond is None else [(x, uncond), (x, cond)]
+        acts = self._acts(x, sigma, sag_scale)
+        looks, asks = self._plan(x, sigma, acts)
 
-        with ended_by_errors(self.reset):
-            acts = self._acts(x, sigma, sag_scale)
-            looks, asks = self._plan(x, sigma, acts)
-
+        with ended_by_errors(self.reset), keywords.explained(self.inner_model, cond, self.cond_key):
             # 1. The predictions, and what the model attends to on the unconditional half
             if asks and self.one_pass:
                 delta = self._delta.last(sigma, x)

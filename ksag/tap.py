@@ -59,6 +59,9 @@ class AttentionTap:
         RuntimeError: a module around or inside the layer was compiled before.
     """
 
+    is_copy = False
+    """Whether it came along with the copy of a model that it is hooked to: it sees nothing then."""
+
     def __init__(self, inner_model: nn.Module, attention: str | nn.Module = "middle", check: bool = True):
         self.path, self.layer, self.family = find_attention(inner_model, attention)
         self.root, self.check = inner_model, check
@@ -75,6 +78,7 @@ class AttentionTap:
         self._within = [*self._around, *self.layer.modules()]
         self._links = list(zip(self._around[:-1], names, self._around[1:], strict=True))
         compiled.refuse(self._within, self.path)
+        _remove_copied_hooks(inner_model)
         self._sources: dict[str, nn.Module] = {}
         self._handles: list[Any] = []
         self._set_hooks()
@@ -111,6 +115,9 @@ class AttentionTap:
             else:
                 self._handles.append(module.register_forward_hook(functools.partial(self._see_output, name)))
         self._handles.append(self.layer.register_forward_hook(self._end))
+
+    def __reduce__(self) -> tuple:
+        return _copied, ()
 
     @property
     def closed(self) -> bool:
@@ -338,3 +345,23 @@ class AttentionTap:
         if (processor := getattr(self.layer, "processor", None)) is not None:
             return f"its processor, a {type(processor).__name__}, attends in a way of its own"
         return "a patch, option or replaced forward that changes its queries, keys or values"
+
+
+def _copied() -> AttentionTap:
+    """What the hooks on a copied model belong to, until the next tap on it removes them."""
+    tap = AttentionTap.__new__(AttentionTap)
+    tap.is_copy, tap._recording, tap._handles = True, PerThread(None), []
+    return tap
+
+
+def _remove_copied_hooks(root: nn.Module) -> None:
+    for module in root.modules():
+        for hooks, flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for i, hook in list(hooks.items()):
+                owner = getattr(getattr(hook, "func", hook), "__self__", None)  # of a method, or of a part of one
+                if isinstance(owner, AttentionTap) and owner.is_copy:
+                    del hooks[i]
+                    flags.pop(i, None)
