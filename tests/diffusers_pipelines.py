@@ -49,7 +49,7 @@ def unet(cross_attention_dim=32, **options):
 
 def sdxl_unet():
     return unet(
-        64, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
+        80, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
         transformer_layers_per_block=(1, 2), use_linear_projection=True, attention_head_dim=(2, 4),
     )  # fmt: skip
 
@@ -63,9 +63,9 @@ def vae(**options):
     return randomise(model)
 
 
-def controlnet():
+def controlnet(model=None):
     torch.manual_seed(3)
-    return randomise(ControlNetModel.from_unet(unet(), conditioning_embedding_out_channels=(16, 32)))
+    return randomise(ControlNetModel.from_unet(model or unet(), conditioning_embedding_out_channels=(16, 32)))
 
 
 def t2i_adapter():
@@ -86,13 +86,20 @@ def ip_adapter(model, picture_dim=16):
     return {"image_proj": projection | norm, "ip_adapter": tokens}
 
 
-def text_encoder(cls=CLIPTextModel):
+def text_encoder(cls=CLIPTextModel, **options):
     torch.manual_seed(2)
     config = CLIPTextConfig(
-        vocab_size=54, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, projection_dim=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        **{
+            "vocab_size": 54, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "max_position_embeddings": 16, "projection_dim": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, **options,
+        }
     )  # fmt: skip
     return cls(config).eval().requires_grad_(False)
+
+
+def open_clip(cls=CLIPTextModel):
+    """OpenCLIP's, as in Stable Diffusion 2.x and XL."""
+    return text_encoder(cls, hidden_act="gelu", hidden_size=48)
 
 
 def tokenizer(folder):
@@ -111,13 +118,17 @@ def through_disk(pipe, folder):
     return pipe
 
 
-def stable_diffusion(folder, unet_options=None, scheduler_options=None, cls=StableDiffusionPipeline, **parts):
+def stable_diffusion(folder, unet_options=None, scheduler_options=None, cls=StableDiffusionPipeline, text=None, **parts):
     pipe = cls(
-        vae=vae(), text_encoder=text_encoder(), tokenizer=tokenizer(folder / "words"), unet=unet(**(unet_options or {})),
+        vae=vae(), text_encoder=text or text_encoder(), tokenizer=tokenizer(folder / "words"), unet=unet(**(unet_options or {})),
         scheduler=scheduler(**(scheduler_options or {})), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False, **parts,
     )  # fmt: skip
     return through_disk(pipe, folder / "pipe")
+
+
+def stable_diffusion_2(folder):
+    return stable_diffusion(folder, {"cross_attention_dim": 48}, {"prediction_type": "v_prediction"}, text=open_clip())
 
 
 def stable_diffusion_inpainting(folder):
@@ -141,7 +152,7 @@ def stable_diffusion_with_ip_adapter(folder):
 def stable_diffusion_xl(folder, vae_options=None):
     words = tokenizer(folder / "words")
     pipe = StableDiffusionXLPipeline(
-        vae=vae(**(vae_options or {})), text_encoder=text_encoder(), text_encoder_2=text_encoder(CLIPTextModelWithProjection),
+        vae=vae(**(vae_options or {})), text_encoder=text_encoder(), text_encoder_2=open_clip(CLIPTextModelWithProjection),
         tokenizer=words, tokenizer_2=words, unet=sdxl_unet(), scheduler=scheduler(), add_watermarker=False,
     )  # fmt: skip
     return through_disk(pipe, folder / "pipe")

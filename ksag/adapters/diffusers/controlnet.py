@@ -1,0 +1,50 @@
+"""A UNet together with the ControlNet that steers it."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class ControlledUNet(nn.Module):
+    """A diffusers UNet whose ControlNet looks at the latent of every step, in the place of the UNet.
+
+    `ksag.adapters.diffusers.denoiser(pipe)` makes one of a pipeline with a ControlNet.
+
+    Args:
+        unet: a diffusers UNet.
+        controlnet: a diffusers ControlNetModel, or several of them as a MultiControlNetModel.
+    """
+
+    def __init__(self, unet: nn.Module, controlnet: nn.Module):
+        super().__init__()
+        self.unet, self.controlnet = unet, controlnet
+        configs: list[Any] = [getattr(module, "config", None) for module in controlnet.modules()]
+        self.channels = next(config.in_channels for config in configs if hasattr(config, "in_channels"))
+
+    def forward(
+        self, x: Tensor, t: Tensor, *, encoder_hidden_states: Tensor, controlnet_cond: Any = None,
+        conditioning_scale: Any = 1.0, added_cond_kwargs: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """What the UNet predicts.
+
+        Args:
+            x: (b, c, h, w), scaled as the UNet expects it.
+            t: (b,) timesteps.
+            encoder_hidden_states: (b, tokens, channels), for both.
+            controlnet_cond: (b, 3, H, W) in [0, 1], the picture that steers; for several ControlNets a list of them.
+            conditioning_scale: how strongly; for several ControlNets a list.
+            added_cond_kwargs: what an SDXL UNet is told besides, for both.
+            **kwargs: the UNet's own.
+
+        Raises:
+            TypeError: there is no picture.
+        """
+        if controlnet_cond is None:
+            raise TypeError(
+                "This UNet has a ControlNet, whose picture is missing: conditioning(pipe, prompt, control=picture) gives it to "
+                "cond and uncond. To go without the ControlNet, denoiser(pipe.unet, pipe.scheduler)."
+            )
+        text = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added_cond_kwargs}
+        steering = {"controlnet_cond": controlnet_cond, "conditioning_scale": conditioning_scale}
+        down, middle = self.controlnet(x[:, : self.channels], t, **text, **steering, return_dict=False)
+        return self.unet(x, t, **text, **kwargs, down_block_additional_residuals=down, mid_block_additional_residual=middle)

@@ -1,0 +1,233 @@
+"""A diffusers UNet and its scheduler as a k-diffusion denoiser."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import k_diffusion as K
+import torch
+from torch import Tensor, nn
+
+from ksag.adapters.diffusers.controlnet import ControlledUNet
+from ksag.adapters.diffusers.unets import call_unet, execution_device
+
+Scalings: TypeAlias = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+"""(sigma, sigma_data) → (c_skip, c_out): denoised = c_skip · x + c_out · F(c_in · x), with c_in = 1 / √(σ² + σ_data²)."""
+
+
+def epsilon(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """For a UNet that predicts the noise: denoised = x − σ · ε."""
+    return torch.ones_like(sigma), -sigma
+
+
+def v_prediction(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """For a UNet that predicts v (Salimans and Ho, arXiv:2202.00512): denoised = x · c_skip − σ · σ_data / √(σ² + σ_data²) · v."""
+    c_skip, c_out = edm(sigma, sigma_data)
+    return c_skip, -c_out
+
+
+def sample(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """For a UNet that predicts the denoised latent itself."""
+    return torch.zeros_like(sigma), torch.ones_like(sigma)
+
+
+def edm(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """For a UNet that is trained with the preconditioning of Karras et al. (arXiv:2206.00364), table 1."""
+    variance = sigma**2 + sigma_data**2
+    return sigma_data**2 / variance, sigma * sigma_data / variance**0.5
+
+
+PREDICTIONS: dict[str, Scalings] = {"epsilon": epsilon, "v_prediction": v_prediction, "sample": sample}
+"""A discrete scheduler's `prediction_type` → its scalings."""
+
+EDM_PREDICTIONS: dict[str, Scalings] = {"epsilon": edm, "v_prediction": v_prediction}
+"""An EDM scheduler's, which calls its own preconditioning "epsilon"."""
+
+LOWEST_ALPHA = 4.8973451890853435e-08
+"""alphas_cumprod where it would be 0, at a zero terminal SNR: the sigma there is 4518.77, as in ComfyUI and A1111."""
+
+
+def _denoised(model: "DiscreteDenoiser | EDMDenoiser", x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    # in float32 at least: from 256 on, the square of sigma is infinite in float16
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide, sigma = x.to(dtype), sigma.to(dtype)
+    c_in = (sigma**2 + model.sigma_data**2) ** -0.5
+    c_skip, c_out, c_in = (K.utils.append_dims(c, x.ndim) for c in (*model.scalings(sigma, model.sigma_data), c_in))
+    prediction = call_unet(model.inner_model, wide * c_in, model.sigma_to_t(sigma), **kwargs)
+    return (wide * c_skip + prediction * c_out).to(x.dtype)
+
+
+class DiscreteDenoiser(K.external.DiscreteSchedule):
+    """A diffusers UNet trained at discrete timesteps, with k-diffusion's own schedule between them.
+
+    Args:
+        unet: the UNet.
+        alphas_cumprod: (timesteps,) from the lowest noise to the highest.
+        scalings: what its prediction means.
+        quantize: round sigma to the nearest timestep the model was trained at, rather than interpolate.
+    """
+
+    def __init__(self, unet: nn.Module, alphas_cumprod: Tensor, scalings: Scalings, quantize: bool = False):
+        super().__init__(((1 - alphas_cumprod) / alphas_cumprod) ** 0.5, quantize)
+        self.inner_model, self.scalings, self.sigma_data = unet, scalings, 1.0
+
+    def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        """The denoised latent, (b, c, h, w), of `input` (b, c, h, w) at `sigma` (b,); `kwargs` are the UNet's."""
+        return _denoised(self, input, sigma, kwargs)
+
+
+class EDMDenoiser(nn.Module):
+    """A diffusers UNet trained at any noise level, whose timestep is log(σ) / 4.
+
+    Args:
+        unet: the UNet.
+        sigmas: (timesteps,) from the lowest to the highest.
+        schedule: (n, sigma_min, sigma_max, device=...) → n noise levels and a zero, such as `K.sampling.get_sigmas_karras`.
+        scalings: what its prediction means.
+        sigma_data: the standard deviation of the latents it was trained on.
+    """
+
+    sigmas: Tensor
+
+    def __init__(self, unet: nn.Module, sigmas: Tensor, schedule: Callable[..., Tensor], scalings: Scalings, sigma_data: float):
+        super().__init__()
+        self.register_buffer("sigmas", sigmas)
+        self.inner_model, self.schedule, self.scalings, self.sigma_data = unet, schedule, scalings, sigma_data
+
+    @property
+    def sigma_min(self) -> Tensor:
+        return self.sigmas[0]
+
+    @property
+    def sigma_max(self) -> Tensor:
+        return self.sigmas[-1]
+
+    def get_sigmas(self, n: int | None = None) -> Tensor:
+        """(n + 1,) noise levels from the highest to 0, spaced as the scheduler spaces them; without n all that there are."""
+        if n is None:
+            return K.sampling.append_zero(self.sigmas.flip(0))
+        return self.schedule(n, float(self.sigma_min), float(self.sigma_max), device=self.sigmas.device)
+
+    def sigma_to_t(self, sigma: Tensor) -> Tensor:
+        """(b,) noise levels → (b,) what the UNet takes as its timestep."""
+        return sigma.log() / 4
+
+    def t_to_sigma(self, t: Tensor) -> Tensor:
+        """(b,) what the UNet takes as its timestep → (b,) noise levels."""
+        return (t * 4).exp()
+
+    def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        """The denoised latent, (b, c, h, w), of `input` (b, c, h, w) at `sigma` (b,); `kwargs` are the UNet's."""
+        return _denoised(self, input, sigma, kwargs)
+
+
+def denoiser(model: Any, scheduler: Any = None, *, quantize: bool = False) -> DiscreteDenoiser | EDMDenoiser:
+    """A k-diffusion denoiser with `sigmas`, `get_sigmas`, `sigma_min`, `sigma_max`, `sigma_data`, `sigma_to_t` and `t_to_sigma`.
+
+    Its conditioning is a dict of the UNet's keywords: wrap it with `ksag.SAGDenoiser(denoiser, cond_key=None)`.
+    Its schedule lies where the UNet computes, offloaded or not: so must `x` and `sigma`.
+
+    A pipeline's ControlNet takes part; `conditioning(pipe, prompt, control=picture)` gives it its picture. A T2I-Adapter's
+    residuals go into cond and uncond, as `down_intrablock_additional_residuals`.
+
+    At a zero terminal SNR, whose last sigma would be infinite, it is 4518.77, as in ComfyUI and A1111.
+
+    Args:
+        model: a diffusers pipeline with `unet` and `scheduler`, or a UNet.
+        scheduler: the diffusers scheduler of a UNet; only its noise levels and its `prediction_type` are used.
+        quantize: round sigma to the nearest timestep the model was trained at, rather than interpolate.
+
+    Raises:
+        TypeError: a UNet without a scheduler, or neither a UNet nor a pipeline with one.
+        ValueError: a scheduler whose noise levels k-diffusion cannot represent, such as flow matching, an unknown
+            `prediction_type`, or a pipeline with a T2I-Adapter or another kind of ControlNet.
+
+    >>> import ksag
+    >>> from diffusers import DDIMScheduler, UNet2DModel
+    >>> unet = UNet2DModel(
+    ...     sample_size=8, block_out_channels=(32, 32), norm_num_groups=8, layers_per_block=1,
+    ...     down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ... )
+    >>> guided = ksag.SAGDenoiser(denoiser(unet.eval(), DDIMScheduler()), cond_key=None)
+    >>> guided(torch.randn(1, 3, 16, 16), torch.ones(1)).shape
+    torch.Size([1, 3, 16, 16])
+    """
+    unet, scheduler = (model, scheduler) if isinstance(model, nn.Module) else _parts_of(model, scheduler)
+    name = type(scheduler).__name__
+    if scheduler is None:
+        raise TypeError(f"A {type(unet).__name__} alone has no noise levels: give its scheduler too, denoiser(unet, scheduler).")
+    if "FlowMatch" in name or getattr(scheduler.config, "use_flow_sigmas", False):
+        raise ValueError(
+            f"{name} is for flow matching, whose latents are mixed with noise in another way than k-diffusion's samplers assume: "
+            f"ksag does not support it."
+        )
+    if getattr(scheduler.config, "timestep_type", "discrete") != "discrete":
+        raise ValueError(
+            f"{name} has timestep_type={scheduler.config.timestep_type!r}; for such a model give an EDMEulerScheduler."
+        )
+    if hasattr(scheduler, "precondition_outputs"):
+        return _edm(unet, scheduler, quantize)
+    return _discrete(unet, scheduler, quantize)
+
+
+def _discrete(unet: nn.Module, scheduler: Any, quantize: bool) -> DiscreteDenoiser:
+    name = type(scheduler).__name__
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None:
+        raise ValueError(
+            f"{name} has no alphas_cumprod, so its noise levels are not those of a discrete DDPM, which k-diffusion's denoisers "
+            f"are made for. Give the scheduler that the model was trained with, such as DDIMScheduler."
+        )
+    scalings = _of_prediction(scheduler, PREDICTIONS)
+    lowest, highest = float(alphas_cumprod.min()), float(alphas_cumprod.max())
+    if lowest < 1e-6 and scalings is epsilon:
+        raise ValueError(
+            f"{name} ends at a zero terminal SNR, where x is noise alone and a prediction of the noise says nothing about the "
+            f"picture. Load it with rescale_betas_zero_snr=False, or prediction_type='v_prediction' if the model predicts v."
+        )
+    if lowest < 0 or highest >= 1:
+        raise ValueError(
+            f"{name} has alphas_cumprod from {lowest:g} to {highest:g}, so that a sigma is zero or undefined, which "
+            f"k-diffusion cannot represent."
+        )
+    schedule = alphas_cumprod.float().clamp(min=LOWEST_ALPHA).to(execution_device(unet))
+    return DiscreteDenoiser(unet, schedule, scalings, quantize)
+
+
+def _edm(unet: nn.Module, scheduler: Any, quantize: bool) -> EDMDenoiser:
+    config = scheduler.config
+    if quantize:
+        raise ValueError(f"quantize=True rounds to a timestep, and a model for {type(scheduler).__name__} has none: leave it out.")
+    spacings = {
+        "karras": functools.partial(K.sampling.get_sigmas_karras, rho=config.rho),
+        "exponential": K.sampling.get_sigmas_exponential,
+    }
+    schedule = spacings[config.sigma_schedule]
+    sigmas = schedule(config.num_train_timesteps, config.sigma_min, config.sigma_max, device=execution_device(unet))[:-1].flip(0)
+    return EDMDenoiser(unet, sigmas, schedule, _of_prediction(scheduler, EDM_PREDICTIONS), config.sigma_data)
+
+
+def _of_prediction(scheduler: Any, known: dict[str, Scalings]) -> Scalings:
+    prediction = scheduler.config.prediction_type
+    if prediction not in known:
+        raise ValueError(f"{type(scheduler).__name__} has prediction_type={prediction!r}; ksag knows {', '.join(known)}.")
+    return known[prediction]
+
+
+def _parts_of(pipe: Any, scheduler: Any) -> tuple[nn.Module, Any]:
+    """What makes a pipeline's predictions, and its scheduler."""
+    name = type(pipe).__name__
+    if not isinstance(getattr(pipe, "unet", None), nn.Module):
+        raise TypeError(f"Expected a diffusers pipeline with a UNet (`unet`), or a UNet and its scheduler; got a {name}.")
+    if getattr(pipe, "adapter", None) is not None:
+        raise ValueError(
+            f"A {name} has a T2I-Adapter, which a denoiser of its UNet would leave out. Call denoiser(pipe.unet, pipe.scheduler), "
+            f"and give cond and uncond its residuals: down_intrablock_additional_residuals=pipe.adapter(picture)."
+        )
+    controlnet = getattr(pipe, "controlnet", None)
+    if controlnet is not None and type(controlnet).__name__ not in ("ControlNetModel", "MultiControlNetModel"):
+        raise ValueError(
+            f"A {name} has a {type(controlnet).__name__}, which ksag does not support: it takes a ControlNetModel. To go without "
+            f"it, denoiser(pipe.unet, pipe.scheduler)."
+        )
+    return pipe.unet if controlnet is None else ControlledUNet(pipe.unet, controlnet), scheduler or pipe.scheduler

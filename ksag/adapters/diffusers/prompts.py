@@ -1,0 +1,196 @@
+"""Prompts of any length → what the UNet takes, with a pipeline's text encoders."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ksag.adapters.diffusers.unets import execution_device
+
+Prompt = str | Sequence[str]
+
+
+@torch.no_grad()
+def conditioning(
+    pipe: Any,
+    prompt: Prompt,
+    negative_prompt: Prompt | None = None,
+    *,
+    prompt_2: Prompt | None = None,
+    negative_prompt_2: Prompt | None = None,
+    clip_skip: int | None = None,
+    n: int = 1,
+    size: tuple[int, int] | None = None,
+    control: Any = None,
+    control_scale: float | Sequence[float] = 1.0,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """cond and uncond of a Stable Diffusion 1.x, 2.x or XL pipeline, `n` rows for each prompt. No gradients.
+
+        cond, uncond = conditioning(pipe, ["a cat", "a dog"], "blurry", n=2)   # four rows each
+
+    A prompt longer than the text encoder's 77 tokens is encoded in chunks, as in ComfyUI and A1111: up to 75 tokens each between
+    a begin and an end token, one after the other along the tokens. The cuts are where ComfyUI's are. A prompt shorter than another
+    in its list is filled up with empty chunks. Where cond and uncond are of different lengths, both are repeated to their least
+    common multiple, which leaves what the UNet attends to as it is. Parentheses and other weights are not interpreted.
+
+    Args:
+        pipe: the pipeline.
+        prompt: one, or a list of them.
+        negative_prompt: what uncond is made of: one, or one for each prompt; by default what the pipeline takes for none,
+            an empty one, or zeros (as a rule SDXL's).
+        prompt_2, negative_prompt_2: for SDXL's second text encoder; by default the same.
+        clip_skip: how many of the text encoder's last layers to leave out, in prompts and negative prompts. In A1111, this is
+            "Clip skip" less 1.
+        n: pictures for each prompt.
+        size: (height, width) in pixels, which SDXL is told; by default what it was trained at.
+        control: the picture for the pipeline's ControlNet: PIL, or a tensor (1, 3, H, W) in [0, 1], or one for each prompt; for
+            several ControlNets a list, one for each.
+        control_scale: how strongly the ControlNet steers; for several a list.
+
+    Returns:
+        Two dicts of the UNet's keywords, for a `SAGDenoiser` with `cond_key=None`: `encoder_hidden_states`
+            (rows, tokens, channels), and for SDXL `added_cond_kwargs`.
+
+    Raises:
+        TypeError: a pipeline without CLIP text encoders.
+        ValueError: lists of different lengths, or an argument for what the pipeline does not have.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    encoders = _encoders(pipe)
+    if len(encoders) == 1 and (prompt_2 is not None or negative_prompt_2 is not None):
+        raise ValueError(f"A {type(pipe).__name__} has one text encoder, so it takes no prompt_2 and no negative_prompt_2.")
+    cond, pooled = _encode(pipe, encoders, _lists(prompts, prompt, prompt_2, len(encoders)), clip_skip)
+    if negative_prompt is None and negative_prompt_2 is None and pipe.config.get("force_zeros_for_empty_prompt"):
+        uncond, negative_pooled = torch.zeros_like(cond), None if pooled is None else torch.zeros_like(pooled)
+    else:
+        negatives = _lists(prompts, negative_prompt or "", negative_prompt_2, len(encoders))
+        uncond, negative_pooled = _encode(pipe, encoders, negatives, clip_skip)
+    tokens = math.lcm(cond.shape[1], uncond.shape[1])
+    sides: list[dict[str, Any]] = []
+    for text, text_embeds in (cond, pooled), (uncond, negative_pooled):
+        side: dict[str, Any] = {"encoder_hidden_states": text.repeat(1, tokens // text.shape[1], 1).repeat_interleave(n, dim=0)}
+        if text_embeds is not None:
+            time_ids = text.new_tensor(_time_ids(pipe, size, negative=bool(sides))).expand(len(prompts) * n, -1)
+            side["added_cond_kwargs"] = {"text_embeds": text_embeds.repeat_interleave(n, dim=0), "time_ids": time_ids}
+        sides.append(side)
+    if control is not None:
+        if getattr(pipe, "controlnet", None) is None:
+            raise ValueError(f"A {type(pipe).__name__} has no ControlNet, so it takes no control picture.")
+        pictures = _control(pipe, control, size, len(prompts), n)
+        scale = control_scale if isinstance(control_scale, (int, float)) else list(control_scale)
+        for side in sides:
+            side |= {"controlnet_cond": pictures, "conditioning_scale": scale}
+    cond_side, uncond_side = sides
+    return cond_side, uncond_side
+
+
+def _encoders(pipe: Any) -> list[tuple[Any, Any]]:
+    """The tokenizers, each with its text encoder."""
+    pairs = [(getattr(pipe, f"tokenizer{i}", None), getattr(pipe, f"text_encoder{i}", None)) for i in ("", "_2")]
+    found = [(tokenizer, encoder) for tokenizer, encoder in pairs if tokenizer is not None and encoder is not None]
+    if not found or not all("CLIP" in type(encoder).__name__ for _, encoder in found):
+        raise TypeError(
+            f"Expected a Stable Diffusion 1.x, 2.x or XL pipeline, with CLIP text encoders; got a {type(pipe).__name__}. Make cond "
+            f"and uncond of what its encode_prompt returns: {{'encoder_hidden_states': ...}}."
+        )
+    return found
+
+
+def _lists(prompts: list[str], first: Prompt, second: Prompt | None, encoders: int) -> list[list[str]]:
+    """For each text encoder one text for each prompt."""
+    lists = []
+    for texts in [first, first if second is None else second][:encoders]:
+        texts = [texts] * len(prompts) if isinstance(texts, str) else list(texts)
+        if len(texts) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(texts)} texts beside them: give one for all, or one for each.")
+        lists.append(texts)
+    return lists
+
+
+# Text → chunks of tokens
+
+
+def _chunks(pipe: Any, tokenizer: Any, text: str) -> list[list[int]]:
+    """The text's tokens, as many at a time as fit between a begin and an end token; at least one chunk."""
+    words = text.split()  # word by word, because a tokenizer warns of texts that are too long for one chunk
+    if hasattr(pipe, "maybe_convert_prompt"):
+        words = pipe.maybe_convert_prompt(words, tokenizer)  # a textual inversion of several vectors becomes several tokens
+    tokens = [token for word in words for token in tokenizer(word, add_special_tokens=False).input_ids]
+    room = tokenizer.model_max_length - 2
+    return [tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)]
+
+
+def _padded(tokenizer: Any, chunk: list[int]) -> list[int]:
+    row = [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
+    return row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row))
+
+
+# Chunks → what the UNet takes
+
+
+def _encode(
+    pipe: Any, encoders: list[tuple[Any, Any]], texts: list[list[str]], clip_skip: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Texts for each encoder → (prompts, tokens, channels), and SDXL's pooled (prompts, channels)."""
+    chunks = [[_chunks(pipe, tokenizer, text) for text in side] for (tokenizer, _), side in zip(encoders, texts, strict=True)]
+    longest = max(len(of_text) for side in chunks for of_text in side)
+    embeds, pooled = [], None
+    is_xl = hasattr(pipe, "text_encoder_2")
+    for (tokenizer, encoder), side in zip(encoders, chunks, strict=True):
+        rows = [_padded(tokenizer, chunk) for of_text in side for chunk in (*of_text, *[[]] * (longest - len(of_text)))]
+        text, pool = _hidden(pipe, encoder, torch.tensor(rows), clip_skip, is_xl)
+        embeds.append(text.unflatten(0, (-1, longest)).flatten(1, 2))
+        if is_xl:
+            pooled = pool[::longest]  # the first chunk's, of the last encoder
+    return torch.cat(embeds, dim=-1), pooled
+
+
+def _hidden(pipe: Any, encoder: Any, ids: Tensor, clip_skip: int | None, is_xl: bool) -> tuple[Tensor, Tensor]:
+    """(rows, 77, channels), and what the encoder returns first: the pooled (rows, channels) where it projects."""
+    out = encoder(ids.to(execution_device(pipe.unet)), output_hidden_states=True)
+    skipped = clip_skip or 0
+    if not 0 <= skipped < len(out.hidden_states) - 1 - is_xl:
+        raise ValueError(f"clip_skip={clip_skip}, but this text encoder has {len(out.hidden_states) - 1} layers.")
+    if is_xl:  # the UNet was trained on the last layer but one, as it is
+        return out.hidden_states[-2 - skipped], out[0]
+    if not skipped:
+        return out[0], out[0]
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    return norm(out.hidden_states[-1 - skipped]), out[0]
+
+
+# What goes with the text
+
+
+def _size(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return size or (side, side)
+
+
+def _time_ids(pipe: Any, size: tuple[int, int] | None, negative: bool) -> list[float]:
+    """What SDXL is told of its pictures: their size before and after cropping, and from where; or to its refiner, how fine."""
+    height, width = _size(pipe, size)
+    if pipe.config.get("requires_aesthetics_score"):
+        return [height, width, 0, 0, 2.5 if negative else 6.0]
+    return [height, width, 0, 0, height, width]
+
+
+def _control(pipe: Any, control: Any, size: tuple[int, int] | None, prompts: int, n: int) -> Any:
+    """(rows, 3, H, W) in [0, 1]; for several ControlNets a list."""
+    if hasattr(pipe.controlnet, "nets"):
+        if not isinstance(control, (list, tuple)) or len(control) != len(pipe.controlnet.nets):
+            raise ValueError(f"This pipeline has {len(pipe.controlnet.nets)} ControlNets: give control a list, a picture for each.")
+        return [_rows(pipe, pictures, size, prompts, n) for pictures in control]
+    return _rows(pipe, control, size, prompts, n)
+
+
+def _rows(pipe: Any, pictures: Any, size: tuple[int, int] | None, prompts: int, n: int) -> Tensor:
+    if isinstance(pictures, Tensor) and pictures.ndim != 4:
+        raise ValueError(f"A control picture is a tensor (b, 3, H, W) in [0, 1], got {tuple(pictures.shape)}.")
+    rows = pipe.control_image_processor.preprocess(pictures, *_size(pipe, size))
+    if rows.shape[0] not in (1, prompts):
+        raise ValueError(f"{rows.shape[0]} control pictures for {prompts} prompts: give one for all, or one for each.")
+    rows = rows.expand(prompts, -1, -1, -1).repeat_interleave(n, dim=0)
+    return rows.to(execution_device(pipe.unet), pipe.controlnet.dtype)

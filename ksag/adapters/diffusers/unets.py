@@ -1,0 +1,76 @@
+"""How a diffusers UNet is called: its dtype, its device, and the keywords without which its image would be another."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def call_unet(unet: nn.Module, x: Tensor, t: Tensor, concat: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """The UNet's prediction in the latent's dtype, computed in the UNet's own.
+
+    Args:
+        unet: a diffusers UNet.
+        x: (b, c, h, w), scaled as the UNet expects it.
+        t: (b,) timesteps, whole or between two.
+        concat: (b, c', h, w), the further channels of an inpainting UNet.
+        **kwargs: the UNet's own, such as `encoder_hidden_states`.
+
+    Returns:
+        (b, c, h, w); a learned variance is left out.
+
+    Raises:
+        TypeError: the UNet has an IP-Adapter, or takes its guidance scale as an input, and the keyword for it is missing.
+    """
+    _check_keywords(_config_of(unet), kwargs)
+    both = x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1)
+    # Copies, because diffusers takes a T2I-Adapter's residuals out of the list that it is given.
+    kwargs = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+    prediction = unet(both.to(computing_dtype(unet)), t, return_dict=False, **kwargs)[0]
+    return prediction[:, : x.shape[1]].to(x.dtype)
+
+
+def _config_of(model: nn.Module) -> Any:
+    """The UNet's, also if the model is a module around it."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            return module.config
+    return None
+
+
+def _check_keywords(config: Any, kwargs: dict[str, Any]) -> None:
+    size = getattr(config, "time_cond_proj_dim", None)
+    if size and kwargs.get("timestep_cond") is None:
+        raise TypeError(
+            f"This UNet takes its guidance scale as an input, which is missing. Give cond and uncond a timestep_cond, (b, {size}): "
+            f"pipe.get_guidance_scale_embedding(torch.full((b,), guidance_scale - 1), {size})."
+        )
+    ip_adapter = getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
+    if ip_adapter and "image_embeds" not in (kwargs.get("added_cond_kwargs") or {}):
+        raise TypeError(
+            "This UNet has an IP-Adapter, whose picture is missing. Give cond and uncond its embeddings, one tensor for each "
+            "IP-Adapter, as added_cond_kwargs={'image_embeds': [...]}: pipe.prepare_ip_adapter_image_embeds(picture, None, device, "
+            "n, True) gives them, uncond's rows before cond's. Or call pipe.unload_ip_adapter()."
+        )
+
+
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """Of the layer that takes the latent: its weights', or what layerwise casting casts them to."""
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        casting = registry and registry.get_hook("layerwise_casting")
+        if casting:
+            return casting.compute_dtype
+        for parameter in module.parameters(recurse=False):
+            return parameter.dtype
+    raise TypeError(f"{type(model).__name__} has no weights: expected a diffusers UNet.")
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where the model computes: not where its weights wait, if accelerate or diffusers offloads them."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    device = getattr(model, "device", None)
+    return device if isinstance(device, torch.device) else next(model.parameters()).device
