@@ -4,6 +4,7 @@ import ast
 import html
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 """What pymdownx.arithmatex makes of $...$ and $$...$$."""
 
+PROGRESS = re.compile(r"[^\n]*\d%\|.*\|")
+"""A progress bar, as scripts/run_notebooks.py stores it."""
+
 to_mathml = math_core.LatexToMathML().convert_with_local_state
 
 
@@ -29,11 +33,42 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         resources = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
         notebook = nbformat.read(path, as_version=4)
         notebook.metadata.setdefault("language_info", {"name": "python"})  # how its code is highlighted
+        without_progress_bars(notebook)
         body, resources = MarkdownExporter().from_notebook_node(notebook, resources=resources)
+        for text in alternative_texts(notebook):
+            body = body.replace("![png](", f"![{text}](", 1)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=as_page(body)))
         for name, content in resources["outputs"].items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
+
+
+def without_progress_bars(notebook: nbformat.NotebookNode) -> None:
+    """They say nothing on a page, and would be found by its search."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not PROGRESS.match(output.get("data", {}).get("text/plain", ""))]
+
+
+FIGURES = {
+    "plot.compare(": "rows of samples, side by side",
+    "plot.trace(": "what SAG computed, a column for each of some steps",
+    "plot.xyz(": "samples, a cell for each setting",
+    "show(": "saliency over the pictures, layer by layer",
+    "ax.plot(": "curves over sigma",
+}
+
+
+def alternative_texts(notebook: nbformat.NotebookNode) -> Iterator[str]:
+    """Of its figures, in turn: what the code draws, and the heading above it."""
+    heading = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = next((line.lstrip("# ") for line in reversed(cell.source.split("\n")) if line.startswith("#")), heading)
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                kind = next((text for call, text in FIGURES.items() if call in cell.source), "figure")
+                yield f"{heading}: {kind}".replace("`", "")
 
 
 def as_page(body: str) -> str:

@@ -78,7 +78,7 @@ def list_attention(inner_model: nn.Module) -> AttentionLayers:
     >>> import ksag.zoo
     >>> ksag.list_attention(ksag.zoo.load())  # doctest: +ELLIPSIS
     path                            family                       heads  grid  checked
-    inner_model.u_net.d_blocks.1.2  k-diffusion SelfAttention2d  2      ?     no
+    inner_model.u_net.d_blocks.2.2  k-diffusion SelfAttention2d  2      ?     no
     ...
     """
     layers = [
@@ -150,7 +150,7 @@ def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[
         path = next((path for path, module in inner_model.named_modules() if module is attention), None)
         if path is None:
             raise ValueError(
-                f"attention= is a {type(attention).__name__} that is not part of inner_model. Give a module of the model "
+                f"attention= is a {type(attention).__name__}, and not part of inner_model. Give a module of the model "
                 f"that is wrapped, or its path. {hint(inner_model)}"
             )
     elif not isinstance(attention, str):
@@ -160,12 +160,11 @@ def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[
     layer = inner_model.get_submodule(path)
     family = families.family_of(layer, path, _parent(inner_model, path))
     if is_joint(layer):
-        raise ValueError(f"attention={path!r} is a {type(layer).__name__}, and {JOINT}.")
+        raise ValueError(f"attention={path!r} ({type(layer).__name__}) is refused: {JOINT}.")
     holds_supported = any(inside.startswith(f"{path}." if path else "") for inside, *_ in _supported(inner_model))
     if family is None and (holds_supported or _is_unsupported(layer)):
         raise ValueError(
-            f"attention={path!r} is a {type(layer).__name__}, not a self-attention layer that ksag supports. "
-            f"{hint(inner_model, path)}"
+            f"attention={path!r} ({type(layer).__name__}) is no self-attention layer that ksag supports. {hint(inner_model, path)}"
         )
     return path, layer, family
 
@@ -178,7 +177,7 @@ def middle(inner_model: nn.Module) -> str:
     """
     for path, module in inner_model.named_modules():
         if is_joint(module):
-            raise ValueError(f"{path!r} is a {type(module).__name__}, and {JOINT}.")
+            raise ValueError(f"{path!r} ({type(module).__name__}) is refused: {JOINT}.")
     layers = list(_supported(inner_model))
     places: list[Place] = []
     for family in families.FAMILIES:

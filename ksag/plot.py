@@ -28,7 +28,7 @@ try:
     from matplotlib.collections import LineCollection
     from matplotlib.colors import TwoSlopeNorm
 except ImportError as error:
-    raise ImportError("ksag.plot draws with matplotlib, which is not installed: pip install 'ksag[notebook]'") from error
+    raise ImportError("ksag.plot draws with matplotlib. In a clone of ksag: pip install '.[notebook]'") from error
 
 Decode = Callable[[Tensor], Tensor]
 """Latents (b, c, h, w) → pixels (b, 3, H, W) in [-1, 1]."""

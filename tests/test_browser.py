@@ -14,6 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import ksag.zoo
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -151,8 +153,8 @@ class Widget:
         """A key at the slider's handle."""
         self.page.locator(".widget-slider", has_text=slider).locator(".noUi-handle").press(key)
 
-    def choose(self, *classes: str) -> None:
-        self.page.locator(".widget-select-multiple select").select_option(list(classes))
+    def choose(self, menu: str, *names: str) -> None:
+        self.page.locator(".widget-select-multiple", has_text=menu).locator("select").select_option(list(names))
 
     def wait_until_shown(self, setting: str) -> None:
         """Until the pictures are those of a setting, and nothing is on its way."""
@@ -164,28 +166,48 @@ class Widget:
         wait_for(shown, f"{setting!r} above the pictures")
 
 
+def overflowing(page) -> list[str]:
+    """The parts of the widget that hold more than they show, or that have a scrollbar; but for the menus' lists."""
+    find = """widget => [widget, ...widget.querySelectorAll('*')]
+        .filter(part => !part.closest('select, .widget-readout, .noUi-target, style, .widget-dropdown'))
+        .filter(part => getComputedStyle(part).display !== 'inline')
+        .filter(part => part.scrollWidth > part.clientWidth + 1 || part.offsetWidth - part.clientWidth > 12)
+        .map(part => `${part.className}: ${part.scrollWidth} in ${part.clientWidth}`)"""
+    return page.locator(".ksag-explore").evaluate(find)
+
+
 def test_the_widget_follows_a_slider_and_says_what_is_wrong(tmp_path):
     with opened_page(tmp_path) as page:
         run_all_cells(page)
         widget = Widget(page)
-        widget.wait_until_shown("sag_scale 2.0")
-        plain, with_sag, mask = first = widget.pictures("now")
-        assert all(png.startswith(b"\x89PNG") for png in first) and not widget.pictures("before")
-        assert '"sag_scale": 2.0' in widget.text("code")
+        start = ksag.zoo.SETTINGS["sag_scale"]
+        widget.wait_until_shown(f"sag_scale {start}")
+        assert "cond_scale 1.5" in widget.text("now")
+        first = widget.pictures("now")
+        plain, with_sag, mask = first[:2], first[2:4], first[4:]
+        assert len(first) == 6 and all(png.startswith(b"\x89PNG") for png in first) and not widget.pictures("before")
+        assert f'"sag_scale": {start}' in widget.text("code")
 
         widget.press("sag_scale", "ArrowRight")
-        widget.wait_until_shown("sag_scale 2.1")
+        moved_to = round(start + 0.1, 6)
+        widget.wait_until_shown(f"sag_scale {moved_to}")
         moved = widget.pictures("now")
-        assert moved[0] == plain and moved[1] != with_sag and moved[2] != mask
+        assert moved[:2] == plain and moved[2:4] != with_sag and moved[4:] != mask
         assert widget.pictures("before") == first
-        assert '"sag_scale": 2.1' in widget.text("code")
+        assert f'"sag_scale": {moved_to}' in widget.text("code")
 
-        widget.choose()
-        wait_for(lambda: "No class is chosen" in widget.text("error"), "the error")
-        assert widget.pictures("now") == moved
+        widget.choose("style")
+        widget.choose("category", "Objects")
+        widget.wait_until_shown("Objects · any style")
+        assert widget.text("now").count("Objects, any") == 6 and widget.pictures("before") == moved
+        assert "[None, None]" in widget.text("code")
 
-        widget.choose("cat", "dog", "frog")
-        wait_for(lambda: not widget.text("error"), "the error to go")
-        widget.wait_until_shown("cat, dog, frog")
-        assert widget.pictures("now") != moved and widget.pictures("before") == moved
-        assert "['cat', 'dog', 'frog']" in widget.text("code")
+        for scheme in "light", "dark":
+            page.evaluate(f"() => jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {scheme.title()}'}})")
+            for width in 1400, 420:
+                page.set_viewport_size({"width": width, "height": 1100})
+                page.evaluate(f"() => jupyterapp.shell.{'collapse' if width < 800 else 'expand'}Left()")
+                page.locator(".ksag-now").scroll_into_view_if_needed()
+                page.wait_for_timeout(1000)  # what the browser lays out anew
+                page.screenshot(path=tmp_path / f"{scheme}-{width}.png")
+                assert not overflowing(page), f"{scheme}, {width} pixels wide"

@@ -56,7 +56,7 @@ def test_the_readmes_example_runs():
     code = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "zoo" in block)
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert names["images"].shape == (2, 3, 32, 32) and 0.1 < names["images"].std() < 1
+    assert names["images"].shape == (2, 3, 64, 64) and 0.1 < names["images"].std() < 1
 
 
 def test_every_file_that_the_readme_links_to_exists():

@@ -364,5 +364,5 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.delitem(sys.modules, "ksag.plot")
-    with pytest.raises(ImportError, match=r"pip install 'ksag\[notebook\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[notebook\]'"):
         importlib.import_module("ksag.plot")

@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import sys
+from pathlib import Path
 
 import k_diffusion as K
 import pytest
@@ -16,64 +18,94 @@ from ksag import zoo
 from ksag.samplers import sample
 from tests.models import randomise
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import train_emoji  # noqa: E402
+
 # The bundled model
 
 
 def test_the_bundled_model_is_small_and_carries_its_config():
-    assert zoo.CIFAR10.stat().st_size <= 16 * 2**20
-    assert all(t.dtype == torch.float16 for t in load_file(zoo.CIFAR10).values())
-    config = json.loads(zoo.CIFAR10.with_suffix(".json").read_text())
-    assert zoo.load_config() == K.config.load_config(config)
-    assert K.config.load_config(zoo.CIFAR10) == zoo.load_config()  # k-diffusion itself can read the file
+    assert zoo.EMOJI.stat().st_size <= 24 * 2**20
+    assert all(t.dtype == torch.float16 for t in load_file(zoo.EMOJI).values())
+    assert zoo.load_config() == K.config.load_config(config_of_the_training())
+    assert K.config.load_config(zoo.EMOJI) == zoo.load_config()  # k-diffusion itself can read the file
 
 
 def test_load_returns_a_k_diffusion_denoiser(bundled):
-    assert isinstance(bundled, K.layers.Denoiser) and bundled.sigma_data == 0.5
+    assert isinstance(bundled, K.layers.Denoiser) and bundled.sigma_data == 0.6
     assert isinstance(bundled.inner_model, K.models.ImageDenoiserModelV1)
     assert not bundled.training and not any(p.requires_grad for p in bundled.parameters())
 
 
-def test_the_classes_are_those_of_the_config():
-    assert list(zoo.CLASSES) == zoo.load_config()["dataset"]["classes"]
+def test_the_categories_and_styles_are_those_of_the_config():
+    dataset = zoo.load_config()["dataset"]
+    assert list(zoo.CATEGORIES) == dataset["categories"] and list(zoo.STYLES) == dataset["styles"]
 
 
-def test_conditioning_takes_names_and_numbers():
-    cond, uncond = zoo.conditioning(["cat", 7, "airplane"])
-    assert torch.equal(cond, zoo.one_hot([3, 7, 0])) and torch.equal(uncond, torch.zeros(3, 10))
+def test_conditioning_is_one_hot_category_beside_one_hot_style():
+    cond, uncond = zoo.conditioning(["Smileys & Emotion", None, "Symbols", None], ["emojione", "noto", None, None])
+    assert cond.dtype == torch.float32 and not uncond.any() and uncond.shape == (4, 15)
+    assert cond.nonzero().tolist() == [[0, 0], [0, 14], [1, 8], [2, 7]] and set(cond.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(zoo.conditioning(["Objects"])[0], torch.eye(15)[[6]])
+    assert zoo.conditioning([])[0].shape == (0, 15)
 
 
-@pytest.mark.parametrize(("classes", "wrong"), [(["cat", "lynx"], "'lynx'"), ([10], "10"), ([-1], "-1"), ("cat", "'c'")])
-def test_conditioning_for_no_such_class(classes, wrong):
-    with pytest.raises(ValueError, match=f"{wrong} is no class of the bundled model: give a list of 0 to 9, or of airplane, "):
-        zoo.conditioning(classes)
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            (["Objects", "Food"],),
+            ValueError,
+            r"'Food' is none of .* categories: did you mean 'Food & Drink'\? It knows Smileys & Emo",
+        ),
+        (
+            (["Objects"], ["notto"]),
+            ValueError,
+            r"'notto' is none of .* styles: did you mean 'noto'\? It knows noto, noto-v1, .*None",
+        ),
+        ((["Objects"], ["noto", None]), ValueError, "Give a category and a style for each sample, got 1 categories and 2 styles"),
+        (([6],), ValueError, "6 is none of the bundled model's categories: It knows Smileys"),
+        (("Objects",), TypeError, "categories is a list with a name, or None for any, for each sample; got 'Objects'"),
+        ((["Objects"] * 4, "noto"), TypeError, "styles is a list .* got 'noto'"),
+        ((None,), TypeError, "categories is a list .* got None"),
+    ],
+)
+def test_conditioning_for_what_the_model_does_not_know(given, error, message):
+    with pytest.raises(error, match=message):
+        zoo.conditioning(*given)
 
 
-def test_the_bundled_model_denoises_and_knows_its_classes(bundled):
-    """On its own samples: noise that is added comes off again, and better so with the right class."""
-    cond = zoo.one_hot([1, 7])
-    sigmas = K.sampling.get_sigmas_karras(8, 0.01, 80.0)
-    x = sample("euler", bundled, (3, 32, 32), sigmas, [0, 1], {"mapping_cond": cond})
+def test_the_bundled_model_denoises_and_knows_its_categories_and_styles(bundled):
+    """On its own samples: noise that is added comes off again, and better so with the right category and style."""
+    names = ["Smileys & Emotion", "People & Body", "Animals & Nature", "Objects"], ["noto", "fxemoji", "fluent-emoji", "emojione"]
+    cond, uncond = zoo.conditioning(*names)
+    sigmas = K.sampling.get_sigmas_karras(6, 0.02, 80.0)
+    x = sample("dpmpp_2m", bundled, (3, 64, 64), sigmas, range(4), {"mapping_cond": cond})
     assert x.abs().max() < 1.6 and x.std() > 0.2
-    torch.manual_seed(0)
-    noise = torch.randn_like(x) * 0.3
-    sigma = torch.full((2,), 0.3)
+    noise = torch.randn_like(x)
 
-    def error(cond):
-        return (bundled(x + noise, sigma, mapping_cond=cond) - x).square().mean()
+    def denoised(cond, sigma):
+        return bundled(x + noise * sigma, torch.full((4,), sigma), mapping_cond=cond)
 
-    assert error(cond) < 0.1 * noise.square().mean()
-    assert error(cond) < error(cond.flip(0))
+    def error(cond, sigma):
+        return (denoised(cond, sigma) - x).square().mean()
+
+    assert error(cond, 0.5) < 0.1 * 0.5**2 and error(cond, 8.0) < error(uncond, 8.0)
+    for other in zoo.conditioning(names[0][::-1], names[1])[0], zoo.conditioning(names[0], names[1][::-1])[0]:
+        assert (denoised(other, 8.0) - denoised(cond, 8.0)).abs().amax((1, 2, 3)).min() > 0.05
 
 
-def test_sag_acts_on_the_bundled_model_where_it_looks(bundled):
-    cond = zoo.one_hot([1, 7])
-    guided = ksag.SAGDenoiser(bundled, 1.0, cond_key="mapping_cond")
-    x = torch.randn(2, 3, 32, 32) * 2
-    args = {"cond": cond, "uncond": torch.zeros_like(cond)}
+def test_sag_acts_on_the_bundled_model_where_its_settings_say(bundled):
+    cond, uncond = zoo.conditioning(["Animals & Nature", "Objects"])
+    guided = ksag.SAGDenoiser(bundled, cond_key="mapping_cond", **zoo.SETTINGS)
+    assert all(getattr(guided, name) == value for name, value in zoo.SETTINGS.items() if name != "attention")
+    assert zoo.SETTINGS["attention"] in repr(guided)
+    x, sigma, args = torch.randn(2, 3, 64, 64) * 2, torch.full((2,), 2.0), {"cond": cond, "uncond": uncond}
     with guided.trace() as steps:
-        result = guided(x, torch.full((2,), 2.0), **args)
-    plain = guided(x, torch.full((2,), 2.0), **args, sag_scale=0.0)
-    assert steps[0].saliency.shape == (2, 8, 8) and 0.1 < steps[0].mask.mean() < 0.9
+        result = guided(x, sigma, **args)
+    plain = guided(x, sigma, **args, sag_scale=0.0)
+    assert steps[0].saliency.shape == (2, 16, 16) and 0.1 < steps[0].mask.mean() < 0.9
     assert (result - plain).abs().max() > 1e-3
 
 
@@ -85,9 +117,14 @@ def weights(tmp_path):
     return tmp_path / "weights.safetensors"
 
 
+def config_of_the_training():
+    """What scripts/train_emoji.py writes beside weights that scripts/emoji.json made it train."""
+    return train_emoji.inference_config(json.loads((ROOT / "scripts/emoji.json").read_text()))
+
+
 def small_config():
     """The bundled model's, smaller, so that a file is loaded in milliseconds."""
-    config = json.loads(zoo.CIFAR10.with_suffix(".json").read_text())
+    config = config_of_the_training()
     config["model"] |= {"channels": [32, 32], "depths": [1, 1], "self_attn_depths": [False, True], "mapping_out": 32}
     return config
 
@@ -111,7 +148,7 @@ def test_what_is_saved_is_loaded(weights):
 
 
 def test_the_bundled_file_is_as_save_writes_it(weights, bundled):
-    with safe_open(zoo.CIFAR10, "pt") as file:
+    with safe_open(zoo.EMOJI, "pt") as file:
         metadata = file.metadata()
     zoo.save(bundled.inner_model.state_dict(), weights, json.loads(metadata["config"]), json.loads(metadata["training"]))
     with safe_open(weights, "pt") as file:
@@ -226,16 +263,16 @@ def test_a_damaged_file_is_an_error_that_names_it_or_the_same_model(weights, dam
 def test_the_bundled_file_damaged(weights, damage):
     generator = random.Random(1)
     for _ in range(4):
-        damaged = bytearray(zoo.CIFAR10.read_bytes())
+        damaged = bytearray(zoo.EMOJI.read_bytes())
         damage(damaged, generator)
-        if damaged != zoo.CIFAR10.read_bytes():
+        if damaged != zoo.EMOJI.read_bytes():
             weights.write_bytes(damaged)
             with pytest.raises(ValueError, match=r"weights.safetensors (is damaged|is cut off|has no)"):
                 zoo.load(weights)
 
 
 def test_a_file_whose_checksum_was_taken_out(weights):
-    save_file(load_file(zoo.CIFAR10), weights, {"config": json.dumps(small_config()), "training": "{}"})
+    save_file(load_file(zoo.EMOJI), weights, {"config": json.dumps(small_config()), "training": "{}"})
     with pytest.raises(ValueError, match=r"weights.safetensors has no checksum .* only config, training.*write it with"):
         zoo.load(weights)
 
@@ -244,7 +281,7 @@ def test_a_file_whose_checksum_was_taken_out(weights):
 
 
 def test_truncated_weights(weights):
-    weights.write_bytes(zoo.CIFAR10.read_bytes()[:1_000_000])
+    weights.write_bytes(zoo.EMOJI.read_bytes()[:1_000_000])
     with pytest.raises(ValueError, match=r"weights.safetensors is cut off, or no safetensors file"):
         zoo.load(weights)
 
@@ -296,7 +333,7 @@ def test_a_config_that_k_diffusion_cannot_build_from(weights, config, error):
 
 
 def test_weights_that_do_not_fit_their_config(weights):
-    save_file({"a": torch.zeros(1)}, weights, {"config": zoo.CIFAR10.with_suffix(".json").read_text()})
+    save_file({"a": torch.zeros(1)}, weights, {"config": json.dumps(config_of_the_training())})
     with pytest.raises(
         ValueError, match=r"does not fit its own config: \d+ of its tensors .* a is \(1,\) in the file, and unknown to the model"
     ):

@@ -1,10 +1,10 @@
 """The bundled denoiser, and any other k-diffusion checkpoint of its form (README.md beside this file is its model card).
 
-denoiser = ksag.zoo.load()
-guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
+guided = ksag.SAGDenoiser(ksag.zoo.load(), cond_key="mapping_cond", **ksag.zoo.SETTINGS)
+cond, uncond = ksag.zoo.conditioning(["Animals & Nature", "Food & Drink"], ["noto", "twemoji"])
 """
 
-import hashlib
+import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,29 +18,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-CIFAR10 = Path(__file__).parent / "cifar10.safetensors"
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-"""What the bundled model was trained on, in the order of its one-hot classes."""
+from ksag.checksum import checksum
 
+EMOJI = Path(__file__).parent / "emoji.safetensors"
+"""The bundled model's weights."""
 
-def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """What a file's metadata holds as "sha256": the SHA-256 of every tensor and of all the other metadata, in hexadecimal.
+CATEGORIES = (
+    "Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects", "Symbols",
+)  # fmt: skip
+"""Unicode's groups of emoji, in the order of the bundled model's one-hot categories."""
 
-    Args:
-        tensors: their names, dtypes, shapes and bytes count, their order does not.
-        metadata: the file's; its own "sha256" is left out.
+STYLES = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "twemoji", "emojione")
+"""The emoji sets that the bundled model was trained on, in the order of its one-hot styles."""
 
-    >>> checksum({"a": torch.zeros(2)}, {}) == checksum({"a": torch.zeros(2)}, {"sha256": "?"})
-    True
-    >>> checksum({"a": torch.zeros(2)}, {}) == checksum({"a": torch.zeros(1, 2)}, {})
-    False
-    """
-    described = sorted((name, str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items())
-    others = sorted((name, text) for name, text in metadata.items() if name != "sha256")
-    digest = hashlib.sha256(json.dumps([described, others]).encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+SETTINGS: dict[str, Any] = {
+    "sag_scale": 3.0, "blur_sigma": 1.5, "sigma_range": (0.0, 12.0), "attention": "inner_model.u_net.u_blocks.1.1",
+}  # fmt: skip
+"""What to give `SAGDenoiser` for the bundled model, as `benchmarks/quality.py` chose it: its layer is the first one at 16 × 16 on
+the way up."""
 
 
 def save(
@@ -99,7 +94,7 @@ def _bad_config(weights: str | os.PathLike[str], error: Exception) -> ValueError
     return ValueError(f"{weights} has a config that k-diffusion cannot build a model from: {type(error).__name__}: {error}.")
 
 
-def load_config(weights: str | os.PathLike[str] = CIFAR10) -> dict:
+def load_config(weights: str | os.PathLike[str] = EMOJI) -> dict:
     """The k-diffusion config in the metadata of a safetensors file, with k-diffusion's defaults filled in.
 
     Args:
@@ -110,18 +105,18 @@ def load_config(weights: str | os.PathLike[str] = CIFAR10) -> dict:
         ValueError: the file is damaged, no safetensors file, or holds no k-diffusion config.
 
     >>> load_config()["model"]["input_size"]
-    [32, 32]
+    [64, 64]
     """
     return _read(weights)[0]
 
 
 def load(
-    weights: str | os.PathLike[str] = CIFAR10, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    weights: str | os.PathLike[str] = EMOJI, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> K.layers.Denoiser:
-    """A k-diffusion denoiser from a safetensors file; by default the bundled class-conditional CIFAR-10 model.
+    """A k-diffusion denoiser from a safetensors file; by default the bundled model of emoji.
 
-    The bundled model takes `mapping_cond`, one-hot classes (b, 10), zeros for the unconditional class, and denoises
-    images of (b, 3, 32, 32) in [-1, 1] at sigma 0.002 to 80. Nothing is unpickled.
+    The bundled model takes what `conditioning` makes as `mapping_cond`, and denoises images of (b, 3, 64, 64) in [-1, 1] at
+    sigma 0.04 to 80. Nothing is unpickled.
 
     Args:
         weights: a file of `save`, whose checksum tells damage to its weights or its config; or one of k-diffusion's
@@ -137,9 +132,10 @@ def load(
         ValueError: the file is damaged, no safetensors file, holds no k-diffusion config, or its weights do not fit it.
 
     >>> denoiser = load()
-    >>> image = denoiser(torch.randn(1, 3, 32, 32) * 80, torch.tensor([80.0]), mapping_cond=one_hot([3]))
+    >>> cond, _ = conditioning(["Food & Drink"])
+    >>> image = denoiser(torch.randn(1, 3, 64, 64) * 80, torch.tensor([80.0]), mapping_cond=cond)
     >>> image.shape
-    torch.Size([1, 3, 32, 32])
+    torch.Size([1, 3, 64, 64])
     """
     config, state = _read(weights)
     try:
@@ -157,8 +153,8 @@ def load(
     return denoiser.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def one_hot(classes: Sequence[int], num_classes: int = 10, device: str | torch.device = "cpu") -> Tensor:
-    """Class vectors (b, num_classes) for `mapping_cond`; their `zeros_like` is the unconditional class.
+def one_hot(classes: Sequence[int], num_classes: int, device: str | torch.device = "cpu") -> Tensor:
+    """Class vectors (b, num_classes) for `mapping_cond` of a class-conditional model; their `zeros_like` is no class.
 
     Args:
         classes: each sample's class, 0 to num_classes - 1.
@@ -175,23 +171,43 @@ def one_hot(classes: Sequence[int], num_classes: int = 10, device: str | torch.d
     return F.one_hot(torch.tensor(classes, dtype=torch.long, device=device), num_classes).float()
 
 
-def conditioning(classes: Sequence[str | int], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-    """What the bundled model takes as `mapping_cond`, for each sample's class and for none: cond and uncond, (b, 10) each.
+def _one_hot_names(what: str, given: Sequence[str | None], names: tuple[str, ...], device: str | torch.device) -> Tensor:
+    """(b, len(names)); None is all zeros."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"{what} is a list with a name, or None for any, for each sample; got {given!r}.")
+    for name in given:
+        if name is not None and name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{name!r} is none of the bundled model's {what}: {hint}It knows {', '.join(names)}; None is any.")
+    rows = [[float(name == other) for other in names] for name in given]
+    return torch.tensor(rows, device=device).reshape(len(given), len(names))
+
+
+def conditioning(
+    categories: Sequence[str | None], styles: Sequence[str | None] | None = None, device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """What the bundled model takes as `mapping_cond`: cond and uncond, (b, 15) each, one-hot category beside one-hot style.
 
     Args:
-        classes: a name out of `CLASSES`, or its number, for each sample.
+        categories: for each sample a name out of `CATEGORIES`, or None for any.
+        styles: for each sample a name out of `STYLES`, or None for any; without them every sample has any style.
         device: the model's.
 
-    Raises:
-        ValueError: no such class.
+    Returns:
+        cond, and uncond, which is all zeros: any category in any style.
 
-    >>> cond, uncond = conditioning(["cat", 7])
-    >>> cond.argmax(dim=1), uncond.any()
-    (tensor([3, 7]), tensor(False))
+    Raises:
+        TypeError: no list.
+        ValueError: no such name, or not one style for each category.
+
+    >>> cond, uncond = conditioning(["Animals & Nature", None], ["noto", "twemoji"])
+    >>> cond.nonzero().tolist(), uncond.any()
+    ([[0, 2], [0, 8], [1, 13]], tensor(False))
     """
-    numbers = [CLASSES.index(name) if name in CLASSES else name for name in classes]
-    for number in numbers:
-        if number not in range(len(CLASSES)):
-            raise ValueError(f"{number!r} is no class of the bundled model: give a list of 0 to 9, or of {', '.join(CLASSES)}.")
-    cond = one_hot([int(number) for number in numbers], len(CLASSES), device)
+    category = _one_hot_names("categories", categories, CATEGORIES, device)
+    style = _one_hot_names("styles", [None] * len(categories) if styles is None else styles, STYLES, device)
+    if len(category) != len(style):
+        raise ValueError(f"Give a category and a style for each sample, got {len(category)} categories and {len(style)} styles.")
+    cond = torch.cat([category, style], dim=1)
     return cond, torch.zeros_like(cond)
