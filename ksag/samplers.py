@@ -44,6 +44,7 @@ def sample(
     seeds: Sequence[int],
     extra_args: dict[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Samples one image for each seed; the same seed gives the same image in any batch, to rounding.
 
@@ -58,6 +59,8 @@ def sample(
         seeds: one for each sample.
         extra_args: passed to the model at every call.
         callback: k-diffusion's, called at every step with a dict of `x`, `denoised`, `sigma`, `i` and more.
+        start: (1 or len(seeds), c, h, w), what the first noise is added to, on the model's device; zeros by default. For a picture
+            from a picture, give its latent here, and only the last of the sigmas.
 
     Returns:
         (len(seeds), c, h, w), on the device and of the dtype of `sigmas`.
@@ -78,10 +81,13 @@ def sample(
 
     function = getattr(K.sampling, f"sample_{sampler}")
     parameters = inspect.signature(function).parameters
-    if isinstance(model, SAGDenoiser):
-        model.reset()  # a run before may have been given up
+    for module in model.modules():
+        if isinstance(module, SAGDenoiser):
+            module.reset()  # a run before may have been given up
     rngs = generators(seeds)
     x = randn(shape, rngs, sigmas.device) * sigmas[0]
+    if start is not None:
+        x = x + start
     options: dict[str, Any] = {"extra_args": extra_args, "callback": callback, "disable": True}
     if sampler.endswith("sde"):
         # a little wider than the sigmas, which come back from their logarithms rounded

@@ -1,122 +1,317 @@
-import re
+"""Do the commands do what their options say, and say what is wrong?"""
 
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import k_diffusion as K
 import pytest
 import torch
-from click.testing import CliRunner
+from click.core import ParameterSource
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.functional import pil_to_tensor
 
+import ksag
 from ksag import picture, zoo
-from ksag.cli import main
+from ksag.commands.infotext import SAMPLER_NAMES
+from ksag.commands.options import LEFT_OUT, SAG_OPTIONS
+from ksag.parameters import PARAMETERS
 from ksag.samplers import SAMPLERS
+from ksag.samplers import sample as sample_latents
+from tests.commands import invoke, pixels, save_small_model, save_small_transformer, text
 
 
-def invoke(*args, code=0):
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.output
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save_small_model(tmp_path_factory.mktemp("weights") / "small.safetensors")
 
 
-def sample(*args, code=0):
-    return invoke("sample", "--device", "cpu", "--steps", 2, *args, code=code)
+@pytest.fixture
+def sample(weights):
+    """Runs `ksag sample` for a small model with random weights, where the bundled one would only take longer."""
+
+    def run(*args, **options):
+        return invoke("sample", "--weights", weights, "--device", "cpu", "--steps", 2, "--n", 1, *args, **options)
+
+    return run
 
 
-def pixels(path):
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB")).float()
+def bundled(*args, **options):
+    return invoke("sample", "--device", "cpu", "--steps", 2, *args, **options)
 
 
-def text(path):
-    with Image.open(path) as image:
-        return image.text["parameters"]
+# The demo
 
 
 def test_demo(tmp_path):
     out = tmp_path / "demo.png"
-    output = invoke("demo", "--steps", 3, "--n", 2, "--device", "cpu", "--out", out)
-    assert str(out) in output
-    assert "dpmpp_2m, 3 steps, sag_scale 2, blur_sigma 2, cond_scale 2, seed 100" in output
-    assert re.search(r"[\d.]+ s without SAG, [\d.]+ s with SAG", output)
-    assert text(out).startswith("airplane, automobile\nSteps: 3, Sampler: dpmpp_2m")
-    assert pixels(out)[:, -150:, -150:].std() > 20  # pictures reach the lower right corner
+    output = invoke("demo", "--steps", 3, "--n", 2, "--seed", 8, "--category", "animals,food", "--device", "cpu", "--out", out)
+    scale, sigma = zoo.SETTINGS["sag_scale"], zoo.SETTINGS.get("blur_sigma", 2)
+    shown = f"seeds 8 to 9, euler, 3 steps, sag_scale {scale:g}, blur_sigma {sigma:g}"
+    assert f"The picture is in {out}" in output and shown in output
+    assert re.search(r"[\d.]+ s without SAG, [\d.]+ s with it", output)
+    assert text(out).startswith("Animals & Nature; Food & Drink\nNegative prompt: \nSteps: 3, Sampler: Euler")
+    with Image.open(out) as image:
+        assert image.mode == "RGBA"
+        assert [image.getpixel(corner)[3] for corner in ((0, 0), (image.width - 1, image.height - 1))] == [0, 0]
+        assert image.getpixel((image.width // 2, 8)) == (255, 255, 255, 255)
+
+
+def test_demo_of_one_sample_is_wide_enough_for_its_words():
+    x = torch.zeros(1, 3, 64, 64)
+    words = "seed 0, dpmpp_2m_sde, 24 steps, cond_scale 1.5, sag_scale 1, blur_sigma 2"
+    one = picture.demo(
+        x, x, torch.zeros(1, 1, 64, 64), ["Travel & Places, fluent-emoji-flat, and more than fits into a line"], words
+    )
+    without = picture.demo(x, x, torch.zeros(1, 1, 64, 64), [""], "")
+    assert one.width == without.width and one.height > without.height  # the words took more lines, not more room
+    margin = pil_to_tensor(one.convert("L").crop((one.width - 10, 20, one.width - 2, one.height - 20)))
+    assert margin.min() == 255
 
 
 def test_demo_without_guidance_is_refused():
     assert "nothing to compare" in invoke("demo", "--sag-scale", 0, code=2)
 
 
-def test_sample_writes_a_grid_with_its_parameters(tmp_path):
-    out = tmp_path / "new folder" / "grid.png"
-    output = sample("--n", 3, "--classes", "cat, 7", "--seed", 5, "--out", out, "--batch-size", 2)
-    assert str(out) in output
-    assert pixels(out).shape == (3, 34 + 2, 3 * 34 + 2)
-    assert text(out) == (
-        "cat, horse, cat\nSteps: 2, Sampler: dpmpp_2m, Schedule type: Karras, CFG scale: 2, Seed: 5, Size: 32x32, "
-        "Model: cifar10, SAG scale: 2, SAG blur sigma: 2, Version: ksag 0.1.0"
-    )
+@pytest.mark.parametrize("out", ["folder", "new"])
+def test_demo_into_a_folder_is_refused_before_sampling(tmp_path, monkeypatch, out):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("ksag.commands.demo.open_model", lambda *_: pytest.fail("it went on to sample"))
+    assert "the demo is one picture" in invoke("demo", "--out", tmp_path / out, code=2)
 
 
-def test_sample_writes_a_folder_of_pngs_and_the_same_seed_gives_the_same_picture(tmp_path):
-    sample("--n", 3, "--classes", "dog", "--seed", 3, "--out", tmp_path / "a")
-    sample("--n", 1, "--classes", "dog", "--seed", 4, "--out", tmp_path / "b")
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["00003-dog.png", "00004-dog.png", "00005-dog.png"]
-    a, b = (pixels(tmp_path / d / "00004-dog.png") for d in "ab")
-    assert (a - b).abs().max() <= 1  # of 255: the batch's size changes the rounding
-    assert "Seed: 4" in text(tmp_path / "a" / "00004-dog.png")
-    sample("--n", 1, "--classes", "dog", "--seed", 4, "--out", tmp_path / "c")
-    assert (tmp_path / "b" / "00004-dog.png").read_bytes() == (tmp_path / "c" / "00004-dog.png").read_bytes()
+# The bundled model, and others
+
+
+def test_the_bundled_model_by_category_and_style(tmp_path):
+    bundled("--n", 3, "--category", "animals,3", "--style", "noto-v1,any", "--out", tmp_path / "a")
+    assert text(tmp_path / "a/000000.png").startswith("Animals & Nature, noto-v1\n")
+    assert text(tmp_path / "a/000001.png").startswith("Food & Drink, noto-v1\n")
+    assert text(tmp_path / "a/000002.png").startswith("Animals & Nature\n")
+    assert f"SAG attention: {zoo.SETTINGS['attention']}" in text(tmp_path / "a/000000.png")
+    assert pixels(tmp_path / "a/000000.png").shape == (3, 64, 64)
+
+
+def test_the_picture_is_that_of_the_library(tmp_path, bundled):
+    invoke("sample", "--device", "cpu", "--steps", 2, "--n", 1, "--seed", 2, "--cond-scale", 1.5, "--out", tmp_path / "x.png",
+           "--category", "food", "--style", "twemoji", "--sag-scale", 1.5, "--blur-sigma", 1, "--sigma-range", 0.5, 100,
+           "--mask-threshold", 0.9, "--blur-kernel-size", 5, "--attention", "middle", "--sampler", "euler")  # fmt: skip
+    cond, uncond = zoo.conditioning(["Food & Drink"], ["twemoji"])
+    given = {"sag_scale": 1.5, "blur_sigma": 1.0, "sigma_range": (0.5, 100.0), "mask_threshold": 0.9, "blur_kernel_size": 5}
+    with ksag.SAGDenoiser(bundled, cond_key="mapping_cond", **{**zoo.SETTINGS, **given, "attention": "middle"}) as guided:
+        sigmas = K.sampling.get_sigmas_karras(2, zoo.load_config()["model"]["sigma_min"], 80.0)
+        x = sample_latents("euler", guided, (3, 64, 64), sigmas, [2], {"cond": cond, "uncond": uncond, "cond_scale": 1.5})
+    expected = ((x[0].clamp(-1, 1) + 1) * 127.5).round()
+    assert torch.equal(pixels(tmp_path / "x.png"), expected)
+
+
+def test_a_model_of_emoji_of_ones_own_has_categories_too(tmp_path):
+    weights = tmp_path / "mine.safetensors"
+    weights.write_bytes(zoo.EMOJI.read_bytes())
+    bundled("--n", 1, "--weights", weights, "--category", "objects", "--out", tmp_path / "x.png")
+    assert text(tmp_path / "x.png").startswith("Objects\n") and "Model: mine," in text(tmp_path / "x.png")
+    assert "SAG attention: middle" in text(tmp_path / "x.png")  # the recommended settings are the bundled file's
+
+
+def test_a_model_without_classes(tmp_path):
+    weights = save_small_model(tmp_path / "mine.safetensors", classes=())
+    bundled("--n", 2, "--weights", weights, "--out", tmp_path / "x.png")
+    assert text(tmp_path / "x.png").startswith("\nNegative prompt: \nSteps: 2")
+    assert "has no classes" in bundled("--weights", weights, "--classes", "cat", code=2)
+    assert "takes no classes" in bundled("--weights", weights, "--cond-scale", 2, code=2)
+
+
+def test_a_transformer_that_takes_its_class_by_number(tmp_path):
+    weights = save_small_transformer(tmp_path / "mine.safetensors")
+    for classes in "1", "2", "any":
+        bundled("--n", 1, "--weights", weights, "--classes", classes, "--cond-scale", 2, "--out", tmp_path / f"{classes}.png")
+    denoiser = zoo.load(weights)
+    args = {"cond": torch.tensor([1]), "uncond": torch.tensor([3]), "cond_scale": 2.0}
+    with ksag.SAGDenoiser(denoiser, cond_key="class_cond") as guided:
+        x = sample_latents("dpmpp_2m", guided, (3, 16, 16), K.sampling.get_sigmas_karras(2, 0.01, 80.0), [0], args)
+    assert torch.equal(pixels(tmp_path / "1.png"), ((x[0].clamp(-1, 1) + 1) * 127.5).round())
+    assert (pixels(tmp_path / "1.png") - pixels(tmp_path / "2.png")).abs().mean() > 1
+    assert (pixels(tmp_path / "1.png") - pixels(tmp_path / "any.png")).abs().mean() > 1
+
+
+def test_every_parameter_is_an_option_or_is_left_out_on_purpose():
+    assert set(SAG_OPTIONS) == set(PARAMETERS) - set(LEFT_OUT) | {"attention"}
+    assert not set(SAG_OPTIONS) & set(LEFT_OUT)
+    words = invoke("sample", "--help")
+    assert all(f"--{name.replace('_', '-')}" in words for name in SAG_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("args", "field"),
+    [
+        (["--sag-scale", 1], "SAG scale: 1"),
+        (["--blur-sigma", 1], "SAG blur sigma: 1"),
+        (["--blur-kernel-size", 3], "SAG blur kernel size: 3"),
+        (["--mask-threshold", 1.5], "SAG mask threshold: 1.5"),
+        (["--sigma-range", 20, "inf"], "SAG sigma range: 20-inf"),
+        (["--one-pass"], "SAG one pass: True"),
+        (["--every", 2], "SAG every: 2"),
+        (["--cfg-rule", "apg:0.5", "--cond-scale", 3], "CFG rule: \"apg(eta=0.5, norm_threshold=None, momentum=-0.5)\""),
+        (["--cfg-rule", "rescale:0.7", "--cond-scale", 3], "CFG rule: rescale(phi=0.7)"),
+        (["--schedule", "exponential"], "Schedule type: Exponential"),
+        (["--cond-scale", 0], "CFG scale: 0"),
+    ],
+)  # fmt: skip
+def test_every_option_of_sag_changes_the_picture_and_is_written_into_it(tmp_path, sample, args, field):
+    fixed = ["--steps", 3, "--classes", "cat", "--zoom", 2]
+    other = ["--cond-scale", 3] if "--cfg-rule" in args else []
+    sample(*fixed, *other, "--out", tmp_path / "a.png")
+    sample(*fixed, *args, "--out", tmp_path / "b.png")
+    assert field in text(tmp_path / "b.png") and field not in text(tmp_path / "a.png")
+    assert (pixels(tmp_path / "a.png") - pixels(tmp_path / "b.png")).abs().mean() > 0.02
+
+
+def test_attention(tmp_path, sample):
+    sample("--attention", "inner_model.u_net.u_blocks.0.1", "--out", tmp_path / "a.png")
+    assert "SAG attention: inner_model.u_net.u_blocks.0.1" in text(tmp_path / "a.png")
+    assert "nowhere" in sample("--attention", "nowhere", "--out", tmp_path / "b.png", code=1)
+
+
+def test_half_precision(tmp_path, sample):
+    sample("--n", 4, "--dtype", "bfloat16", "--out", tmp_path / "low.png")
+    sample("--n", 4, "--out", tmp_path / "full.png")
+    assert 0 < (pixels(tmp_path / "low.png") - pixels(tmp_path / "full.png")).abs().mean() < 8
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path, sample):
+    sample("--n", 3, "--batch-size", 2, "--compile", "--out", tmp_path / "a.png")
+    sample("--n", 3, "--out", tmp_path / "b.png")
+    assert (pixels(tmp_path / "a.png") - pixels(tmp_path / "b.png")).abs().max() <= 1  # of 255
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_can_be_asked_for(tmp_path, sampler):
-    sample("--n", 1, "--sampler", sampler, "--out", tmp_path / "x.png")
-    assert pixels(tmp_path / "x.png").shape == (3, 32, 32)
+def test_every_sampler_can_be_asked_for(tmp_path, sample, sampler):
+    sample("--sampler", sampler, "--out", tmp_path / "x.png")
+    assert pixels(tmp_path / "x.png").shape == (3, 16, 16)
+    assert f"Sampler: {SAMPLER_NAMES[sampler]}," in text(tmp_path / "x.png")
 
 
-def test_half_precision(tmp_path):
-    sample("--n", 1, "--dtype", "bfloat16", "--out", tmp_path / "x.png")
-    low = pixels(tmp_path / "x.png")
-    sample("--n", 1, "--out", tmp_path / "y.png")
-    full = pixels(tmp_path / "y.png")
-    assert 0 < (low - full).abs().mean() < 8
+# What is written
 
 
-def test_weights_of_ones_own(tmp_path):
-    weights = tmp_path / "mine.safetensors"
-    weights.write_bytes(zoo.CIFAR10.read_bytes())
-    sample("--n", 1, "--weights", weights, "--out", tmp_path / "x.png")
-    assert "Model: mine," in text(tmp_path / "x.png")
+def test_a_grid_with_its_parameters(tmp_path, sample):
+    out = tmp_path / "new folder" / "grid.png"
+    assert f"3 pictures in {out}" in sample("--n", 3, "--classes", "cat, 0", "--seed", 4, "--out", out, "--batch-size", 2)
+    assert pixels(out).shape == (3, 18 + 2, 3 * 18 + 2)
+    assert re.fullmatch(
+        r"cat\nNegative prompt: \nSteps: 2, Sampler: DPM\+\+ 2M, Schedule type: Karras, CFG scale: 1, Size: 16x16, Model: small, "
+        r"Model hash: [0-9a-f]{10}, SAG scale: 0.5, SAG blur sigma: 2, SAG blur kernel size: 9, SAG mask threshold: 1, "
+        r"SAG sigma range: 0-inf, SAG one pass: False, SAG every: 1, CFG rule: plain, SAG attention: middle, Precision: float32, "
+        rf"Seed: 4, Version: ksag {ksag.__version__}",
+        text(out),
+    )
+
+
+def test_plain_beside_sag_and_enlarged(tmp_path, sample):
+    sample("--compare", "--zoom", 4, "--out", tmp_path / "both.png")
+    sample("--zoom", 4, "--out", tmp_path / "sag.png")
+    sample("--zoom", 4, "--sag-scale", 0, "--out", tmp_path / "plain.png")
+    both = pixels(tmp_path / "both.png")
+    assert both.shape[2] == 2 * 64 + 2
+    assert torch.equal(both[:, -64:, -64:], pixels(tmp_path / "sag.png"))
+    assert torch.equal(both[:, -64:, :64], pixels(tmp_path / "plain.png"))
+    assert both[:, :-64].min() < 100  # the labels
+    assert "SAG scale: 0," in text(tmp_path / "plain.png") and "SAG blur" not in text(tmp_path / "plain.png")
+
+
+def a1111(infotext):
+    """A1111's parse_generation_parameters, in short."""
+    *lines, last = infotext.strip().split("\n")
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    start = next(i for i, line in enumerate(lines) if line.startswith("Negative prompt:"))
+    return "\n".join(lines[:start]), "\n".join(lines[start:])[16:].strip(), dict(pairs)
+
+
+def comfyui(infotext):
+    """ComfyUI's importA1111, in short."""
+    at, before = infotext.rindex("\nSteps:"), infotext.rindex("\nNegative prompt:")
+    found = re.findall(r'\s*([^:]+:\s*([^"\{].*?|".*?"|\{.*?\}))\s*(?:,|$)', infotext[at + 1 :].split("\n")[0])
+    return infotext[:before], infotext[before + 18 : at], dict(pair.split(": ", 1) for pair, _ in found)
+
+
+@pytest.mark.parametrize("reader", [a1111, comfyui])
+def test_image_tools_read_the_parameters(tmp_path, sample, reader):
+    sample(
+        "--sampler", "euler_ancestral", "--cfg-rule", "apg", "--cond-scale", 2.5, "--classes", "cat", "--out", tmp_path / "x.png"
+    )
+    prompt, negative, fields = reader(text(tmp_path / "x.png"))
+    assert (prompt, negative) == ("cat", "")
+    assert fields["Steps"] == "2" and fields["Sampler"] == "Euler a" and fields["CFG scale"] == "2.5" and fields["Seed"] == "0"
+    assert fields["SAG every"] == "1" and fields["Model"] == "small"
+
+
+# What is wrong
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--sampler", "dpmpp2m"], "Did you mean dpmpp_2m or"),
+        (["--sampler", "dpmpp2m"], "Did you mean 'dpmpp_2m' or"),
         (["--sampler", "DDIM"], "is no sampler of k-diffusion"),
-        (["--classes", "kat"], "'kat' is no class of cifar10: did you mean cat?"),
-        (["--classes", "10"], "'10' is no class of cifar10"),
+        (["--classes", "kat"], "'kat' is none that the model knows. Did you mean 'cat'?"),
+        (["--classes", "3"], "'3' is none that the model knows"),
+        (["--classes", "cat,"], "'' is none that the model knows. It knows bird, cat, dog."),
+        (["--classes", ""], "'' is none that the model knows"),
+        (["--category", "food"], "small.safetensors has classes: give --classes"),
         (["--blur-sigma", "nan"], "blur_sigma must be a finite number, got nan"),
         (["--blur-sigma", "-1"], "0 (no blur) or more, got -1.0"),
+        (["--blur-kernel-size", "4"], "must be an odd number"),
         (["--sag-scale", "inf"], "sag_scale must be a finite number, got inf"),
-        (["--device", "cuda:99"], "'cuda:99' cannot be used here"),
+        (["--cond-scale", "nan"], "--cond-scale must be a finite number, got nan"),
+        (["--sigma-range", "3", "1"], "give (1.0, 3.0)?"),
+        (["--every", "0"], "every is a number of calls, 1 or more"),
+        (["--cfg-rule", "rescal"], "Did you mean 'rescale'"),
+        (["--cfg-rule", "rescale:2"], "0 to 1, got 2.0"),
+        (["--cfg-rule", "plain:2"], "'plain:2'"),
+        (["--device", "cuda:99"], "'cuda:99' cannot be used here. PyTorch sees cpu"),
+        (["--device", "gpu"], "'gpu' is no device of PyTorch"),
         (["--weights", "nowhere.safetensors"], "'nowhere.safetensors' does not exist"),
         (["--n", "0"], "0 is not in the range"),
+        (["--seed", "99999999999999999999"], "is not in the range 0<=x<=9223372036854775807"),
+        (["--prompt", "a cat"], "--prompt needs --pipeline"),
+        (["--offload"], "--offload needs --pipeline"),
     ],
 )
-def test_bad_input_is_one_clear_line(tmp_path, args, message):
-    output = sample(*args, "--out", tmp_path / "x.png", code=2 if "finite" not in message and "no blur" not in message else 1)
-    assert message in " ".join(output.split())
+def test_bad_input_is_one_clear_line(tmp_path, sample, args, message):
+    assert message in sample(*args, "--out", tmp_path / "x.png", code=2)
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="it can be used here")
+def test_mps_where_there_is_none(tmp_path, sample):
+    assert "'mps' cannot be used here. PyTorch sees cpu" in sample("--device", "mps", "--out", tmp_path / "x.png", code=2)
+
+
+def test_classes_of_the_bundled_model(tmp_path):
+    assert "Give --category and --style" in bundled("--classes", "cat", "--out", tmp_path / "x.png", code=2)
+    assert "Did you mean 'Food & Drink'?" in bundled("--category", "fod", "--out", tmp_path / "x.png", code=2)
+    assert "It knows noto" in bundled("--style", "", "--out", tmp_path / "x.png", code=2)
 
 
 def test_bad_weights(tmp_path):
     weights = tmp_path / "w.safetensors"
-    weights.write_bytes(zoo.CIFAR10.read_bytes()[:100_000])
-    assert "is cut off, or no safetensors file" in sample("--weights", weights, "--out", tmp_path / "x.png", code=1)
+    weights.write_bytes(zoo.EMOJI.read_bytes()[:100_000])
+    assert "is cut off, or no safetensors file" in bundled("--weights", weights, "--out", tmp_path / "x.png", code=1)
     save_file({"a": torch.zeros(1)}, weights)
-    assert "no k-diffusion config" in sample("--weights", weights, "--out", tmp_path / "x.png", code=1)
+    assert "no k-diffusion config" in bundled("--weights", weights, "--out", tmp_path / "x.png", code=1)
+    (tmp_path / "w.ckpt").write_bytes(b"\x80\x02")
+    assert "is a pickle, which can run code" in bundled("--weights", tmp_path / "w.ckpt", "--out", tmp_path / "x.png", code=2)
+
+
+def test_weights_of_stable_diffusion_point_to_the_option_for_it(tmp_path):
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "sd.safetensors")
+    (tmp_path / "folder").mkdir()
+    for name in "sd.safetensors", "folder":
+        output = bundled("--weights", tmp_path / name, "--out", tmp_path / "x.png", code=2)
+        assert f"is sampled by --pipeline {tmp_path / name}" in output
 
 
 @pytest.mark.parametrize(
@@ -131,10 +326,8 @@ def test_bad_weights(tmp_path):
 def test_an_out_that_cannot_be_written_is_said_before_sampling(tmp_path, monkeypatch, out, message):
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
-    monkeypatch.setattr("ksag.cli.Model", lambda *_: pytest.fail("it went on to sample"))
-    for command in "sample", "demo":
-        if command == "sample" or "." in out:
-            assert message in invoke(command, "--out", tmp_path / out, code=1)
+    monkeypatch.setattr("ksag.commands.sample.open_model", lambda *_: pytest.fail("it went on to sample"))
+    assert message in invoke("sample", "--out", tmp_path / out, code=1)
     assert (tmp_path / "file").read_bytes() == b""
 
 
@@ -148,7 +341,22 @@ def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     assert text(out) == "old"
 
 
+PAGE = (Path(__file__).parent.parent / "docs/sampling.md").read_text()
+
+
+@pytest.mark.parametrize("line", re.findall(r"^(?:accelerate .*)?ksag (?:sample|demo).*$", PAGE, re.M))
+def test_the_pages_commands_can_be_given(tmp_path, monkeypatch, line):
+    """As far as the sampling itself; what they name is there."""
+    monkeypatch.chdir(tmp_path)
+    for name in "mine.safetensors", "prompts.txt", "photo.jpg", "house.png", "door.png":
+        Path(name).touch()
+    command, *args = shlex.split(line.partition("ksag ")[2])
+    context = getattr(importlib.import_module(f"ksag.commands.{command}"), command).make_context(command, args.copy())
+    given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    assert len(given) == sum(arg.startswith("--") for arg in args)
+
+
 def test_help_is_for_a_person():
     assert "ksag demo" in invoke("--help")
-    help_text = invoke("sample", "--help")
-    assert all(sampler in help_text for sampler in SAMPLERS) and "taken in turn" in help_text
+    words = invoke("sample", "--help")
+    assert all(sampler in words for sampler in SAMPLERS) and "does so by seed" in words

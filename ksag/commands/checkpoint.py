@@ -1,0 +1,167 @@
+"""A k-diffusion model in a safetensors file: the bundled one, or the user's."""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import k_diffusion as K
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ksag import picture, zoo
+from ksag.commands.model import in_turn
+from ksag.commands.options import nearest
+
+COND_SCALE = 1.0
+"""Where the user gives none."""
+
+Words = tuple[str | None, ...]
+"""What a sample is of: a category and a style, or a class; None is any."""
+
+
+def chosen(option: str, wanted: str | None, known: Sequence[str]) -> list[str | None]:
+    """What the user asks for, separated by commas: a name, a part of one, a number, or any (None). Nothing at all is all in turn.
+
+    >>> chosen("--category", "animals, 0, any", ["Food & Drink", "Animals & Nature"])
+    ['Animals & Nature', 'Food & Drink', None]
+    """
+    if wanted is None:
+        return list(known)
+    words: list[str | None] = []
+    for word in (part.strip() for part in wanted.split(",")):
+        alike = [name for name in known if word and word.lower() in name.lower()]
+        if word in known:
+            words.append(word)
+        elif word.isdigit() and int(word) < len(known):
+            words.append(known[int(word)])
+        elif word == "any":
+            words.append(None)
+        elif len(alike) == 1:
+            words.append(alike[0])
+        else:
+            hint = f"Did you mean {nearest(word, alike or known)}?" if word else f"It knows {', '.join(known)}."
+            raise click.UsageError(f"{option}: {word!r} is none that the model knows. {hint}")
+    return words
+
+
+def numbers(words: Sequence[str | None], known: Sequence[str], device: torch.device) -> Tensor:
+    """(b,) for `class_cond`; None is the number after the last.
+
+    >>> numbers(["b", None], "abc", torch.device("cpu"))
+    tensor([1, 3])
+    """
+    return torch.tensor([len(known) if word is None else known.index(word) for word in words], device=device)
+
+
+def one_hot(words: Sequence[str | None], known: Sequence[str], device: torch.device) -> Tensor:
+    """(b, len(known)) for `mapping_cond`; None is zeros.
+
+    >>> one_hot(["b", None], "abc", torch.device("cpu"))
+    tensor([[0., 1., 0.],
+            [0., 0., 0.]])
+    """
+    return F.one_hot(numbers(words, known, device), len(known) + 1)[:, :-1].float()
+
+
+class Checkpoint:
+    """A `ksag.commands.model.Model`.
+
+    Args:
+        path: the file; None is the bundled one.
+        device: where to put the model.
+        dtype: what it computes in.
+        cond_scale: None is 1, none, and evaluates no uncond.
+        category, style: for a model of emoji, such as the bundled one.
+        classes: for one that takes classes, one-hot (`mapping_cond`) or by number (`class_cond`).
+    """
+
+    negative_prompt = None
+    own_schedule = "Karras"
+
+    def __init__(
+        self,
+        path: Path | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        cond_scale: float | None = None,
+        category: str | None = None,
+        style: str | None = None,
+        classes: str | None = None,
+    ):
+        self.recommended = {} if path else zoo.SETTINGS
+        path = path or zoo.EMOJI
+        self.device, self.autocast = device, dtype
+        self.denoiser, config = zoo.load(path, device), zoo.load_config(path)
+        self.config, dataset = config["model"], config["dataset"]
+        self.shape = (self.config["input_channels"], *self.config["input_size"])
+        self.words = _words_of(path, dataset, category, style, classes)
+        self.prompts = [", ".join(word for word in words if word) for words in self.words]
+        self.known = [dataset["categories"], dataset["styles"]] if "categories" in dataset else [_classes_of(dataset)]
+        self.cond_scale = COND_SCALE if cond_scale is None else cond_scale
+        width = self.config.get("mapping_cond_dim", 0)
+        by_number = self.config["type"].startswith("image_transformer") and dataset["num_classes"]
+        self.cond_key = "mapping_cond" if width else "class_cond" if by_number else None
+        if width and width != sum(map(len, self.known)):
+            raise click.UsageError(
+                f"{path.name} takes {width} numbers as mapping_cond, which are not its classes: use Python for it."
+            )
+        if self.cond_scale != 1 and self.cond_key is None:
+            raise click.UsageError(f"--cond-scale: {path.name} takes no classes, so that nothing can be scaled.")
+        self.fields = {
+            "Size": f"{self.shape[2]}x{self.shape[1]}",
+            "Model": path.stem,
+            "Model hash": hashlib.sha256(path.read_bytes()).hexdigest()[:10],
+        }
+
+    def sigmas(self, steps: int, schedule: str) -> Tensor:
+        levels = K.sampling.get_sigmas_exponential if schedule == "exponential" else K.sampling.get_sigmas_karras
+        return levels(steps, self.config["sigma_min"], self.config["sigma_max"], device=self.device)
+
+    def conditioning(self, seeds: Sequence[int]) -> dict[str, Any]:
+        if self.cond_key is None:
+            return {}
+        words = [in_turn(self.words, seed) for seed in seeds]
+        if self.cond_scale == 1:
+            return {"cond": self._cond(words)}
+        uncond = self._cond([(None,) * len(self.known)] * len(words))
+        return {"cond": self._cond(words), "uncond": uncond, "cond_scale": self.cond_scale}
+
+    def _cond(self, words: Sequence[Words]) -> Tensor:
+        columns = zip(zip(*words, strict=True), self.known, strict=True)
+        if self.cond_key == "class_cond":
+            return torch.cat([numbers(column, known, self.device) for column, known in columns])
+        return torch.cat([one_hot(column, known, self.device) for column, known in columns], dim=1)
+
+    def around(self, guided: nn.Module) -> nn.Module:
+        return guided
+
+    def start(self) -> None:
+        return None
+
+    def pictures(self, latents: Tensor) -> list[Image.Image]:
+        return [picture.to_image(x) for x in latents]
+
+
+def _classes_of(dataset: dict[str, Any]) -> list[str]:
+    return dataset.get("classes") or [str(i) for i in range(dataset["num_classes"])]
+
+
+def _words_of(path: Path, dataset: dict[str, Any], category: str | None, style: str | None, classes: str | None) -> list[Words]:
+    """In turn."""
+    if "categories" in dataset:
+        if classes is not None:
+            raise click.UsageError(f"--classes: {path.name} has categories and styles. Give --category and --style.")
+        styles = chosen("--style", "any" if style is None else style, dataset["styles"])
+        return [(c, s) for s, c in itertools.product(styles, chosen("--category", category, dataset["categories"]))]
+    if category is not None or style is not None:
+        raise click.UsageError(f"--category and --style are the bundled model's. {path.name} has classes: give --classes.")
+    known = _classes_of(dataset)
+    if classes is not None and not known:
+        raise click.UsageError(f"--classes: {path.name} has no classes.")
+    return [(word,) for word in chosen("--classes", classes, known) or [None]]

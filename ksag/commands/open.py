@@ -1,0 +1,115 @@
+"""The options that say which model `ksag sample` samples, and what of; and the model."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ksag.commands.model import Model
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class Size(click.ParamType):
+    """WIDTHxHEIGHT → (height, width)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        if not isinstance(value, str):
+            return value
+        sides = value.lower().split("x")
+        if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
+            self.fail(f"{value!r} is no size: give width and height in pixels, such as 768x512.", param, ctx)
+        return int(sides[1]), int(sides[0])
+
+
+CATEGORY = click.option("--category", show_default="all in turn",
+                        help="Categories of emoji, in turn: names, parts of names, numbers, or any.")  # fmt: skip
+STYLE = click.option("--style", show_default="any", help="Styles of emoji, such as noto,twemoji; in turn.")
+COND_SCALE = click.option("--cond-scale", type=float, show_default="1, or 7.5 with --pipeline",
+                          help="Strength of classifier-free guidance; 1 is none.")  # fmt: skip
+CHECKPOINT_OPTIONS = (
+    click.option("--weights", type=click.Path(exists=True, path_type=Path), show_default="the bundled model of emoji",
+                 help="A k-diffusion model as safetensors, with its config in the metadata."),
+    CATEGORY,
+    STYLE,
+    click.option("--classes", show_default="all in turn", help="Classes of --weights: names, numbers, or any; in turn."),
+)  # fmt: skip
+PIPELINE_OPTIONS = (
+    click.option("--pipeline", metavar="PATH_OR_ID",
+                 help="Stable Diffusion 1.x, 2.x or XL: a folder of diffusers, a hub id, or a .safetensors file."),
+    click.option("--prompt", multiple=True, help="What to show; several times for several in turn."),
+    click.option("--prompts", type=FILE, help="A text file with a prompt on each line."),
+    click.option("--negative-prompt", help="What not to show."),
+    click.option("--size", type=Size(), metavar="WIDTHxHEIGHT", show_default="what the model was trained at", help="In pixels."),
+    click.option("--image", type=FILE, help="Start from this picture."),
+    click.option("--strength", type=click.FloatRange(0, 1, min_open=True), show_default="0.75",
+                 help="How much of --image to change: 1 is all."),
+    click.option("--mask", type=FILE, help="White where --image is painted anew, black where it stays."),
+    click.option("--clip-skip", type=click.IntRange(1), show_default="the model's",
+                 help="Which of the text encoder's layers from the end to use, counted as A1111 does: 1 is the last."),
+    click.option("--config", help="A folder or hub id with the model's configuration, for a .safetensors file without the hub."),
+    click.option("--offload", is_flag=True, help="Keep on the GPU only the part of the model that works."),
+)  # fmt: skip
+
+
+def model_options(command: Callable) -> Callable:
+    for option in reversed((*CHECKPOINT_OPTIONS, *PIPELINE_OPTIONS, COND_SCALE)):
+        command = option(command)
+    return command
+
+
+def open_model(options: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Model:
+    """The model that the options name, told what to show by the others.
+
+    Raises:
+        click.UsageError: options of two kinds of model, or a file of the wrong kind.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+    weights, pipeline, cond_scale = (given.pop(name, None) for name in ("weights", "pipeline", "cond_scale"))
+    if cond_scale is not None and not -float("inf") < cond_scale < float("inf"):
+        raise click.UsageError(f"--cond-scale must be a finite number, got {cond_scale}.")
+    if weights and pipeline:
+        raise click.UsageError("--weights is a k-diffusion model and --pipeline another: give one of them.")
+    for name in given:
+        flag = f"--{name.replace('_', '-')}"
+        if pipeline and name in ("category", "style", "classes"):
+            raise click.UsageError(f"{flag} is for k-diffusion models. Tell --pipeline what to show by --prompt.")
+        if not pipeline and name not in ("category", "style", "classes"):
+            raise click.UsageError(f"{flag} needs --pipeline.")
+    if weights:
+        _check_weights(weights)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # clip, imported by k-diffusion
+        if pipeline:
+            from ksag.commands.pipeline import Pipeline
+
+            return Pipeline(pipeline, device, dtype, cond_scale=cond_scale, **given)
+        from ksag.commands.checkpoint import Checkpoint
+
+        return Checkpoint(weights, device, dtype, cond_scale=cond_scale, **given)
+
+
+def _check_weights(weights: Path) -> None:
+    """That it may be a k-diffusion model; `zoo.load` says the rest."""
+    try_pipeline = f"Stable Diffusion is sampled by --pipeline {weights} --prompt '...'."
+    if weights.is_dir():
+        raise click.UsageError(f"--weights {weights} is a folder, not a k-diffusion model's safetensors file. {try_pipeline}")
+    if weights.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise click.UsageError(
+            f"--weights {weights} is a pickle, which can run code when it is opened, so ksag does not. Save it as safetensors: a "
+            f"k-diffusion model by k-diffusion's convert_for_inference.py. {try_pipeline.rstrip('.')} (as safetensors, too)."
+        )
+    try:
+        with safe_open(weights, framework="pt") as file:
+            is_stable_diffusion = any(name.startswith("model.diffusion_model.") for name in file.keys())  # noqa: SIM118
+    except SafetensorError:
+        return
+    if is_stable_diffusion:
+        raise click.UsageError(f"--weights {weights} is a checkpoint of Stable Diffusion, not of k-diffusion. {try_pipeline}")

@@ -1,0 +1,138 @@
+"""The command `ksag sample`: any kind of model → PNGs by seed."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import ksag
+from ksag import picture
+from ksag.commands.folder import Folder
+from ksag.commands.infotext import infotext, sampling_fields
+from ksag.commands.model import in_turn
+from ksag.commands.open import DTYPES, model_options, open_model
+from ksag.commands.options import SAG_DEFAULTS, sag_options, sampling_options
+from ksag.commands.processes import Process, this_process
+from ksag.commands.sampling import Sampling, batches
+
+MAX_SEED = 2**63 - 1
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
+
+Make = Callable[[Sequence[int]], list[Image.Image]]
+Describe = Callable[[int], str]
+
+
+def into_folder(folder: Folder, seeds: range, size: int, process: Process, make: Make, describe: Describe, bar: tqdm) -> None:
+    """Makes this process's share of what is missing; the main one then waits for the others', under one bar for all."""
+
+    def show() -> None:
+        bar.n = len(seeds) - len(folder.missing(seeds))
+        bar.refresh()
+
+    show()
+    try:
+        for batch, filled in batches(folder.missing(process.share(seeds)), size):
+            for seed, image in zip(batch, make(filled), strict=False):
+                folder.save(seed, image, describe(seed))
+            show()
+        while process.is_main and folder.missing(seeds):
+            time.sleep(0.5)
+            show()
+    except KeyboardInterrupt:
+        bar.close()
+        if process.is_main:
+            there = len(seeds) - len(folder.missing(seeds))
+            click.echo(f"Stopped: {there} of {len(seeds)} pictures are in {folder.path}. The same command makes the others.")
+        raise SystemExit(INTERRUPTED) from None
+
+
+def into_grid(out: Path, seeds: range, size: int, make: Make, describe: Describe, bar: tqdm) -> None:
+    images: list[Image.Image] = []
+    for batch, filled in batches(seeds, size):
+        images += make(filled)[: len(batch)]
+        bar.update(len(batch))
+    columns = max(2, min(10, 2048 // images[0].width))
+    image = picture.grid(images, columns, gap=max(2, images[0].width // 32)) if len(images) > 1 else images[0]
+    picture.save(image, out, describe(seeds[0]))
+
+
+@click.command()
+@model_options
+@click.option("-n", "--n", type=click.IntRange(1), show_default="10, or one for each prompt", help="How many pictures.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, help="The first picture's seed; the next one has the next.")
+@click.option("--batch-size", type=click.IntRange(1), show_default="32, or 1 with --pipeline",
+              help="How many at a time; it changes a picture by rounding only.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=Path("ksag-samples.png"),
+              help="A .png file for one grid, or a folder for one PNG per seed.")  # fmt: skip
+@click.option("--compare", is_flag=True, help="Plain beside SAG in each picture, from the same noise.")
+@click.option("--zoom", type=click.IntRange(1, 16), default=1, help="Enlarge the pictures so many times.")
+@sampling_options()
+@sag_options
+@click.option("--dtype", type=click.Choice(list(DTYPES)), show_default="float32, or float16 with --pipeline on a GPU",
+              help="What the model computes in.")  # fmt: skip
+@click.option("--compile", "compiled", is_flag=True, help="Compile the model: minutes at first, faster steps.")
+@click.option("--cuda-graphs", is_flag=True, help="Replay the model's calls as CUDA graphs: faster small batches.")
+def sample(
+    n: int | None, seed: int, batch_size: int | None, out: Path, compare: bool, zoom: int,
+    sampler: str, steps: int, schedule: str, device: torch.device, dtype: str | None, compiled: bool, cuda_graphs: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Sample a model with SAG into PNGs, by default the bundled one.
+
+    A seed gives the same picture whatever else is made with it, and on any device, to rounding. What takes turns (categories,
+    classes, prompts) does so by seed. Each PNG carries its parameters, where image tools look for them.
+
+    A folder is made in pieces: each PNG is written as it is made, and the same command again makes what is missing, also with a
+    larger --n. `accelerate launch -m ksag sample --out FOLDER` shares the seeds among GPUs.
+
+    The options of SAG show the library's defaults; the bundled model has recommended ones of its own.
+    """
+    picture.check_writable(out)
+    if sampler == "dpm_adaptive" and batch_size not in (None, 1):
+        raise click.UsageError("dpm_adaptive chooses its steps for a whole batch, so it makes them one by one: --batch-size 1.")
+    sag = {name: value for name in SAG_DEFAULTS if (value := options.pop(name)) is not None}
+
+    with this_process(device) as process:
+        if process.world > 1 and out.suffix:
+            raise click.UsageError(f"--out {out}: several processes write into a folder, not into one file.")
+        dtype = dtype or ("float16" if options["pipeline"] and process.device.type == "cuda" else "float32")
+        model = open_model(options, process.device, DTYPES[dtype])
+        sag = {**SAG_DEFAULTS, **model.recommended, **sag}
+        seeds = range(seed, seed + (n or (len(model.prompts) if options["pipeline"] else 10)))
+        size = 1 if sampler == "dpm_adaptive" else batch_size or (1 if options["pipeline"] else 32)
+        fields = {
+            **sampling_fields(model, sag, sampler, steps, schedule),
+            "Precision": dtype,
+            **({"Compare": "plain beside SAG"} if compare else {}),
+            **({"Zoom": str(zoom)} if zoom > 1 else {}),
+        }
+
+        def describe(seed: int) -> str:
+            return infotext(in_turn(model.prompts, seed), model.negative_prompt, fields, seed)
+
+        folder = None if out.suffix else Folder(out, {"Prompt": model.prompts, "Negative prompt": model.negative_prompt, **fields})
+        with ksag.SAGDenoiser(model.denoiser, cond_key=model.cond_key, **sag) as guided:
+            if compiled:
+                denoiser: Any = model.denoiser
+                denoiser.inner_model = torch.compile(denoiser.inner_model, dynamic=False)
+            if cuda_graphs:
+                guided.use_cuda_graphs()
+            with tqdm(total=len(seeds), unit="picture", disable=not process.is_main) as bar:
+
+                def on_step(i: int) -> None:
+                    bar.set_postfix_str(f"step {i + 1}")
+
+                sampling = Sampling(model, guided, sampler, model.sigmas(steps, schedule), zoom, on_step)
+                make = sampling.compared if compare else sampling.pictures
+                if folder is None:
+                    into_grid(out, seeds, size, make, describe, bar)
+                else:
+                    into_folder(folder, seeds, size, process, make, describe, bar)
+        if process.is_main:
+            click.echo(f"{len(seeds)} pictures in {out.resolve()}" if len(seeds) > 1 else f"The picture is in {out.resolve()}")

@@ -1,0 +1,223 @@
+"""Does `ksag sample --pipeline` sample Stable Diffusion pipelines from disk? They are tiny and random."""
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+import ksag
+from ksag.adapters import diffusers
+from ksag.samplers import sample as sample_latents
+from tests import diffusers_pipelines
+from tests.commands import invoke, pixels, text
+from tests.single_files import single_file
+
+KINDS = {
+    "1.x": diffusers_pipelines.stable_diffusion,
+    "2.x": diffusers_pipelines.stable_diffusion_2,
+    "XL": diffusers_pipelines.stable_diffusion_xl,
+    "inpainting": diffusers_pipelines.stable_diffusion_inpainting,
+    "ControlNet": diffusers_pipelines.stable_diffusion_with_controlnet,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """kind → the folder of such a pipeline."""
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            path = tmp_path_factory.mktemp("pipeline")
+            KINDS[kind](path)
+            made[kind] = path / "pipe"
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture
+def sample(saved):
+    def run(kind, *args, **options):
+        return invoke("sample", "--pipeline", saved(kind), "--device", "cpu", "--steps", 3, *args, **options)
+
+    return run
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """Left half noise, right half noise too, and a mask that is white on the right."""
+    torch.manual_seed(0)
+    to_pil_image(torch.rand(3, 24, 32)).save(tmp_path / "picture.png")
+    mask = torch.zeros(1, 24, 32)
+    mask[..., 16:] = 1
+    to_pil_image(mask).save(tmp_path / "mask.png")
+    return tmp_path / "picture.png", tmp_path / "mask.png"
+
+
+@pytest.mark.parametrize("kind", ["1.x", "2.x", "XL"])
+def test_the_picture_is_that_of_the_library(sample, saved, tmp_path, kind):
+    sample(kind, "--prompt", "a cat", "--negative-prompt", "a dog", "--size", "32x24", "--cond-scale", 3, "--seed", 4,
+           "--clip-skip", 1, "--sag-scale", 1.5, "--sampler", "euler", "--schedule", "karras",
+           "--out", tmp_path / "x.png")  # fmt: skip
+    import k_diffusion as K
+
+    pipe = diffusers.load(saved(kind))
+    denoiser = diffusers.denoiser(pipe)
+    cond, uncond = diffusers.conditioning(pipe, "a cat", "a dog", size=(24, 32))
+    sigmas = K.sampling.get_sigmas_karras(3, float(denoiser.sigma_min), float(denoiser.sigma_max))
+    with ksag.SAGDenoiser(denoiser, 1.5, cond_key=None) as guided:
+        args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+        x = sample_latents("euler", guided, (4, 24 // pipe.vae_scale_factor, 32 // pipe.vae_scale_factor), sigmas, [4], args)
+    expected = pil_to_tensor(diffusers.decode(pipe, x, pil=True)[0])
+    assert torch.equal(pixels(tmp_path / "x.png"), expected.float())
+    assert text(tmp_path / "x.png").startswith(
+        "a cat\nNegative prompt: a dog\nSteps: 3, Sampler: Euler, Schedule type: Karras, CFG scale: 3, Size: 32x24, Model: "
+    )
+
+
+def test_a_single_file_with_its_config(saved, tmp_path):
+    file = tmp_path / "model.safetensors"
+    single_file(diffusers.load(saved("1.x")), file)
+    for source in (file, "--config", saved("1.x")), (saved("1.x"),):
+        invoke("sample", "--pipeline", *source, "--prompt", "a cat", "--device", "cpu", "--steps", 2, "--out",
+               tmp_path / f"{len(source)}.png")  # fmt: skip
+    assert torch.equal(pixels(tmp_path / "3.png"), pixels(tmp_path / "1.png"))
+    assert "Model: model," in text(tmp_path / "3.png")
+
+
+def test_prompts_take_turns_by_seed_and_each_is_as_it_is_alone(sample, tmp_path):
+    long = " ".join(["many words"] * 30)
+    (tmp_path / "prompts.txt").write_text(f"\na dog\n{long}\n", encoding="utf-8")
+    both = ["--prompt", "a cat", "--prompts", tmp_path / "prompts.txt"]
+    assert "3 pictures" in sample("1.x", *both, "--batch-size", 3, "--out", tmp_path / "a")
+    prompts = [text(tmp_path / f"a/00000{seed}.png").split("\n")[0] for seed in range(3)]
+    assert prompts == ["a cat", "a dog", long]
+    sample("1.x", "--prompt", "a dog", "--seed", 1, "--out", tmp_path / "dog.png")
+    assert (pixels(tmp_path / "a/000001.png") - pixels(tmp_path / "dog.png")).abs().max() <= 1  # of 255
+    sample("1.x", "--prompt", long, "--seed", 2, "--out", tmp_path / "long.png")
+    assert (pixels(tmp_path / "a/000002.png") - pixels(tmp_path / "long.png")).abs().max() <= 1
+    sample("1.x", "--prompt", "a dog", "--seed", 2, "--out", tmp_path / "other.png")
+    assert (pixels(tmp_path / "other.png") - pixels(tmp_path / "long.png")).abs().max() > 1
+    assert "Prompt is ['a cat', 'a dog'," in sample("1.x", "--prompt", "a cat", "--out", tmp_path / "a", code=1)
+
+
+def test_clip_skip_counts_as_a1111_does(sample, tmp_path):
+    for skip in 1, 2:
+        sample("1.x", "--prompt", "a cat", "--clip-skip", skip, "--out", tmp_path / f"{skip}.png")
+    sample("1.x", "--prompt", "a cat", "--out", tmp_path / "none.png")
+    assert torch.equal(pixels(tmp_path / "1.png"), pixels(tmp_path / "none.png"))
+    assert not torch.equal(pixels(tmp_path / "2.png"), pixels(tmp_path / "none.png"))
+    assert "Clip skip: 2," in text(tmp_path / "2.png") and "Clip skip" not in text(tmp_path / "1.png")
+
+
+def test_from_a_picture_the_less_strength_the_nearer(sample, saved, picture, tmp_path):
+    image, _ = picture
+    pipe = diffusers.load(saved("1.x"))
+    through_vae = diffusers.decode(pipe, diffusers.encode(pipe, Image.open(image)), pil=True)[0]
+    distances = []
+    for strength in 0.2, 0.6, 1:
+        out = tmp_path / f"{strength}.png"
+        sample("1.x", "--prompt", "a cat", "--image", image, "--strength", strength, "--steps", 10, "--out", out)
+        distances.append((pixels(out) - pil_to_tensor(through_vae)).abs().mean())
+        assert f"Denoising strength: {strength}" in text(out)
+    assert distances[0] < distances[1] < distances[2]
+    assert pixels(out).shape == (3, 24, 32)
+
+
+@pytest.mark.parametrize("kind", ["1.x", "inpainting"])
+def test_what_the_mask_leaves_out_stays_as_it_is(sample, picture, tmp_path, kind):
+    image, mask = picture
+    sample(kind, "--prompt", "a cat", "--image", image, "--mask", mask, "--strength", 1, "--out", tmp_path / "x.png")
+    made, given = pixels(tmp_path / "x.png"), pixels(image)
+    assert torch.equal(made[..., :16], given[..., :16])
+    assert (made[..., 16:] - given[..., 16:]).abs().mean() > 5
+    assert "Mask hash: " in text(tmp_path / "x.png")
+
+
+def test_a_masked_denoiser_answers_with_the_picture_where_it_is_to_stay():
+    from ksag.commands.pipeline import Masked
+
+    class Doubler(torch.nn.Module):  # a stand-in for the guided denoiser
+        def forward(self, x, sigma, times):
+            return x * times
+
+    latent, x = torch.randn(1, 4, 6, 8), torch.randn(2, 4, 6, 8)
+    mask = torch.zeros(1, 1, 6, 8)
+    mask[..., 4:] = 1
+    out = Masked(Doubler(), latent, mask)(x, torch.ones(2), times=2)
+    assert torch.equal(out[..., 4:], x[..., 4:] * 2)
+    assert torch.equal(out[..., :4], latent[..., :4].expand(2, -1, -1, -1))
+
+
+def test_the_concat_of_an_inpainting_unet_is_that_of_diffusers(saved, picture):
+    """Against the same seed's call of diffusers' own preparation of mask and masked picture."""
+    from ksag.commands.pipeline import Pipeline
+
+    image, mask = picture
+    model = Pipeline(str(saved("inpainting")), torch.device("cpu"), torch.float32, prompt=["a cat"], image=image, mask=mask)
+    pipe = model.pipe
+    pixels_of_mask = pipe.mask_processor.preprocess(Image.open(mask), 24, 32)
+    visible = pipe.image_processor.preprocess(Image.open(image), 24, 32) * (pixels_of_mask < 0.5)
+    expected_mask = torch.nn.functional.interpolate(pixels_of_mask, size=model.shape[1:])
+    expected = torch.cat([expected_mask, pipe.vae.encode(visible).latent_dist.mode() * pipe.vae.config.scaling_factor], dim=1)
+    torch.testing.assert_close(model.conditioning([0])["cond"]["concat"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_prompt_and_compare_into_a_folder(sample, tmp_path):
+    sample(
+        "XL",
+        "--prompt",
+        "a cat",
+        "--prompt",
+        "a dog",
+        "--compare",
+        "--zoom",
+        2,
+        "--one-pass",
+        "--every",
+        2,
+        "--out",
+        tmp_path / "a",
+    )
+    files = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert files == ["000000.png", "000001.png", "ksag.json"]
+    assert "SAG one pass: True, SAG every: 2" in text(tmp_path / "a/000001.png")
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "code", "message"),
+    [
+        ("1.x", [], 2, "--pipeline needs a --prompt"),
+        ("1.x", ["--prompt", "a", "--classes", "cat"], 2, "--classes is for k-diffusion models"),
+        ("1.x", ["--prompt", "a", "--size", "33x24"], 2, "multiples of 2, such as 32x24"),
+        ("1.x", ["--prompt", "a", "--size", "512"], 2, "'512' is no size"),
+        ("1.x", ["--prompt", "a", "--strength", "0.5"], 2, "give --image"),
+        ("1.x", ["--prompt", "a", "--strength", "0"], 2, "0.0 is not in the range"),
+        ("1.x", ["--prompt", "a", "--clip-skip", "9"], 2, "--clip-skip 9: the text encoder has 4 layers"),
+        ("1.x", ["--prompt", "a", "--offload"], 2, "on a CPU there is nothing to gain"),
+        ("1.x", ["--prompt", "a", "--config", "."], 1, "goes with a single file"),
+        ("inpainting", ["--prompt", "a"], 2, "which is for inpainting: give --image and --mask"),
+        ("ControlNet", ["--prompt", "a"], 2, "whose ControlNet needs a picture"),
+    ],
+)
+def test_bad_input_is_one_clear_line(sample, tmp_path, kind, args, code, message):
+    assert message in sample(kind, *args, "--out", tmp_path / "x.png", code=code)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_few_steps_of_a_picture_are_refused(sample, picture, tmp_path):
+    args = ["--prompt", "a", "--image", picture[0], "--strength", 0.3, "--out", tmp_path / "x.png"]
+    assert "leaves 1 of 3 steps" in sample("1.x", *args, code=2)
+
+
+def test_what_is_no_picture_and_no_pipeline(sample, tmp_path):
+    (tmp_path / "x.txt").write_text("")
+    assert "cannot identify image file" in sample(
+        "1.x", "--prompt", "a", "--image", tmp_path / "x.txt", "--out", tmp_path / "x.png", code=1
+    )
+    assert "holds no prompt" in sample("1.x", "--prompts", tmp_path / "x.txt", "--out", tmp_path / "x.png", code=2)
+    (tmp_path / "empty").mkdir()
+    for source in tmp_path / "empty", tmp_path / "nowhere.safetensors":
+        output = invoke("sample", "--pipeline", source, "--prompt", "a", "--device", "cpu", "--out", tmp_path / "x.png", code=1)
+        assert source.name in output
