@@ -178,7 +178,11 @@ class SAGDenoiser(nn.Module):
         sag_scale = self.sag_scale if sag_scale is None else PARAMETERS["sag_scale"].check(sag_scale)
         blur_sigma = self.blur_sigma if blur_sigma is None else PARAMETERS["blur_sigma"].check(blur_sigma)
         mask_threshold = self.mask_threshold if mask_threshold is None else PARAMETERS["mask_threshold"].check(mask_threshold)
-        blur = {"blur_sigma": blur_sigma, "blur_kernel_size": self.blur_kernel_size, "mask_threshold": mask_threshold}
+        blur: dict[str, Any] = {
+            "blur_sigma": blur_sigma,
+            "blur_kernel_size": self.blur_kernel_size,
+            "mask_threshold": mask_threshold,
+        }
         strength = checks.for_each_sample("sag_scale", sag_scale, x)
         base = cond if uncond is None else uncond
         parts = [(x, base)] if uncond is None else [(x, uncond), (x, cond)]
@@ -229,7 +233,8 @@ class SAGDenoiser(nn.Module):
         asks = (n - self.one_pass) % self.every == 0  # in one pass, the call after one that looks
         return n % self.every == 0 or (asks and bool(self._traces.get())), asks
 
-    def _ask(self, parts: list, sigma: Tensor, kwargs: dict[str, Any], record: bool = False) -> tuple[list[Tensor], Tensor | None]:
+    def _ask(self, parts: list, sigma: Tensor, kwargs: dict[str, Any], record: bool = False) -> tuple[list[Tensor], Any]:
+        """The prediction for each part, and the saliency of the first if it was recorded."""
         return self._passes(
             self.inner_model, parts, sigma, kwargs,
             cond_key=self.cond_key, batched=self.batch_cond, shared=self.shared_kwargs, record=record,

@@ -56,6 +56,25 @@ def relative(actual, expected):
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("form", [{"one_pass": True}, {"every": 3}, {"one_pass": True, "every": 3}])
+def test_one_pass_and_every_are_what_they_are_on_a_cpu(form, sampler, graphed):
+    def image(device):
+        guided = wrap(make_denoiser().double().to(device), mask_threshold=0.9, **form)  # float64: no token changes sides
+        if graphed and device == "cuda":
+            guided.use_cuda_graphs()
+        _, _, cond, uncond = inputs()
+        args = {"cond": cond.double().to(device), "uncond": uncond.double().to(device), "cond_scale": 2.0}
+        x = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(0)).double().to(device) * 10
+        sigmas = K.sampling.get_sigmas_karras(8, 0.05, 10.0, device=device).double()
+        options = {"noise_sampler": lambda *_: x / 10} if sampler.endswith("sde") else {}
+        with torch.no_grad():
+            return getattr(K.sampling, f"sample_{sampler}")(guided, x, sigmas, args, disable=True, **options).cpu()
+
+    assert relative(image("cuda"), image("cpu")) < 1e-6  # sigmas are made in float32
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_graphed_samples_are_the_eager_ones(sampler):
     denoiser, _, _, args = on_gpu()
@@ -83,9 +102,11 @@ def random_stable_diffusion():
 
 
 @pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("model", [random_denoiser, random_stable_diffusion])
-def test_no_synchronisation_and_no_copy_from_or_to_the_host_in_a_guided_step(model, graphed):
+def test_no_synchronisation_and_no_copy_from_or_to_the_host_in_a_guided_step(model, one_pass, graphed):
     guided, x, sigma, args = model()
+    guided.one_pass = one_pass
     if graphed:
         guided.use_cuda_graphs()
     other = transform(torch.neg, args["cond"])
@@ -287,11 +308,14 @@ def test_the_whole_wrapper_compiled_gives_the_eager_image(dtype):
     check_agrees(result, step(*stable_diffusion(dtype)), exact)
 
 
-def test_a_compiled_unet_can_be_graphed():
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_a_compiled_unet_can_be_graphed(one_pass):
+    """In one pass, the second call at the same x and sigma is exact SAG."""
     denoiser, x, sigma, args = on_gpu()
-    guided = wrap(denoiser)
+    guided = wrap(denoiser, one_pass=one_pass)
     with torch.no_grad():
-        expected = guided(x, sigma, **args)
+        expected = wrap(denoiser)(x, sigma, **args)
+        guided(x, sigma, **args)
         denoiser.inner_model = torch.compile(denoiser.inner_model, fullgraph=True)
         guided.use_cuda_graphs()
         for _ in range(2):
