@@ -37,7 +37,7 @@ def test_attention_is_named_by_path_from_anywhere_or_by_module(denoiser):
     ("attention", "message"),
     [
         ("u_net.d_blocks.9", r"does not exist in Denoiser. Name one of its 2 self-attention layers .*d_blocks\.1\.2"),
-        ("u_net.d_blocks.1", r"is a DBlock, not a self-attention layer.*d_blocks\.1\.2"),
+        ("u_net.d_blocks.1", r"\(DBlock\) is no self-attention layer.*d_blocks\.1\.2"),
         ("out_proj", r"could be any of .*d_blocks\.1\.2\.out_proj"),
         (torch.nn.Linear(2, 2), "attention= is a Linear, and not part of inner_model"),
     ],

@@ -26,3 +26,34 @@ def test_the_readme_has_the_medians_of_the_run():
         medians = (f"{statistics.median(times[name]) * 1e3:.1f} ms" if name in times else "" for name in names)
         row = "|".join(f" {cell} " if cell else " " for cell in (gpu.case(result), *medians))
         assert f"\n|{row}|\n" in readme
+
+
+BATCH_ONE = [r for r in RUN["steps"] if (r["model"], r["side"], r["batch"]) in (("SD 1.5", 64, 1), ("SDXL", 128, 1))]
+NAMES = {gpu.SAG: "exact SAG", gpu.ONE: "one pass", gpu.THIRD: "one pass at every third call"}
+
+
+def over_plain(result, form, mode):
+    times = result["times"]
+    return statistics.median(a / b for a, b in zip(times[gpu.key(form, mode)], times[gpu.key(gpu.CFG, mode)], strict=True))
+
+
+def test_the_readmes_table_of_costs_is_that_of_the_run():
+    readme = (ROOT / "README.md").read_text()
+    for result in BATCH_ONE:
+        for form, name in NAMES.items():
+            memory = result["peaks"][gpu.key(form, gpu.EAGER)] / result["peaks"][gpu.key(gpu.CFG, gpu.EAGER)]
+            times = (f"{over_plain(result, form, mode):.2f}" for mode in (gpu.EAGER, gpu.GRAPHED))
+            assert f"\n| {result['model']}, batch 1: {name} | {' | '.join(times)} | {memory:.2f} |\n" in readme
+
+
+def test_the_performance_pages_first_table_is_that_of_the_run():
+    page = (ROOT / "docs/performance.md").read_text()
+    for form, mode in (
+        (gpu.SAG, gpu.EAGER),
+        (gpu.ONE, gpu.EAGER),
+        (gpu.SAG, gpu.GRAPHED),
+        (gpu.ONE, gpu.GRAPHED),
+        (gpu.THIRD, gpu.GRAPHED),
+    ):
+        ratios = " | ".join(f"{over_plain(result, form, mode):.2f}" for result in BATCH_ONE)
+        assert f"\n| {NAMES[form]}, {mode} | {ratios} |\n" in page

@@ -14,8 +14,10 @@ import nbformat
 import pytest
 import torch
 
+import ksag.explore
 import ksag.families
-from tests.models import LatentDiffusion
+from tests.diffusers_pipelines import stable_diffusion
+from tests.models import LatentDiffusion, make_denoiser
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -74,6 +76,34 @@ def test_notebook_shows_its_stored_pictures(site, path):
     assert len(shown) == sum("image/png" in output.get("data", {}) for output in stored) > 0
 
 
+class Pictures(HTMLParser):
+    """What a page's pictures show, to those who do not see them."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.texts = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.texts.append(dict(attrs).get("alt"))
+
+
+def test_every_picture_has_an_alternative_text(site):
+    texts = [text for page in site.rglob("*.html") for text in Pictures(page.read_text()).texts]
+    assert len(texts) > 10 and all(text and len(text) > 20 for text in texts), texts
+
+
+def test_the_search_finds_no_progress_bars(site):
+    index = (site / "search/search_index.json").read_text()
+    assert "What does SAG see" in index and "█" not in index and not re.search(r"\d%\|", index)
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
+def test_nothing_installs_from_an_index_that_ksag_is_not_on(name):
+    assert not re.search(r"pip install ['\"]?ksag\b(?!-)", (ROOT / name).read_text())
+
+
 def test_the_performance_page_has_the_table_of_the_gpu(site):
     first_cells = re.findall(r"^\| *(\w[\w ]*?) *\|", (ROOT / "docs/gpu.md").read_text(), re.M)
     text = (site / "performance.html").read_text()
@@ -113,6 +143,27 @@ def test_examples_run(page, families):
     run(code)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["zoo", "diffusers", "a denoiser of your own"])
+def test_the_figures_and_the_widget_work_on(which, tmp_path, monkeypatch):
+    """The examples of api/notebook.md, at two steps."""
+    opened = []
+
+    class Recorded(ksag.explore.explore):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            opened.append(self)
+
+    monkeypatch.setattr(ksag.explore, "explore", Recorded)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api/notebook.md").read_text(), re.S)
+    start = blocks[0].split("\n\nguided")[0]
+    code = [blocks[0], *(f"{start}\n{block}" for block in blocks[1:])][which]
+    names = {"pipe": stable_diffusion(tmp_path), "denoiser": make_denoiser()}
+    exec(compile(re.sub(r"karras\((16|24)|get_sigmas\(20", lambda found: found[0][:-2] + "2", code), "docs", "exec"), names)
+    (widget,) = opened
+    assert widget.wait(120) and widget.result is not None and not widget._error.value
+    widget.close()
+
+
 def test_the_family_of_your_own_is_read_and_checked(families, capsys):
     names = run(examples("families"))
     assert "attention checked" in repr(names["guided"])
@@ -124,13 +175,13 @@ def test_a_wrong_reading_by_a_family_of_your_own_is_an_error(families):
     right = "return Attention(q, k, v,"
     code = examples("families")
     assert code.count(right) == 1
-    with pytest.raises(ValueError, match=r"'blocks\.1\.0' is a Looking, read as a my Looking, but"):
+    with pytest.raises(ValueError, match=r"'blocks\.1\.0' \(Looking\) is read as my Looking, but"):
         run(code.replace(right, "return Attention(k, q, v,"))
 
 
 def test_the_rule_of_your_own_guides_between_its_noise_levels():
     names = run(examples("guidance-rules"))
-    guided, args, x = names["guided"], names["extra_args"], torch.randn(2, 3, 32, 32)
+    guided, args, x = names["guided"], names["extra_args"], torch.randn(2, 3, 64, 64)
     assert guided.cfg_rule is names["interval"]
 
     def denoised(sigma, rule, **options):
@@ -195,18 +246,26 @@ def test_every_place_that_the_page_names_exists():
 # The names
 
 
-def public(module):
-    """The public names that a module defines."""
-    defined = {name: value for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
-    return {name: value for name, value in defined.items() if not name.startswith("_")}
-
-
 MODULES = (
-    "samplers", "zoo", "adapters.diffusers", "plot", "explore", "picture",
+    "samplers", "zoo", "adapters.diffusers", "plot", "explore", "picture", "evaluate", "features",
     "attention", "cfg", "compiled", "conditioning", "degrade", "families", "families.family", "families.sdpa", "recording", "runs",
-    "sag", "saliency", "selfcheck", "tap",
+    "sag", "saliency", "selfcheck", "tap", "keywords", "checksum",
 )  # fmt: skip
 INSIDE = {"Settings", "Result", "Session", "Newest", "Kept", "has_modules"}  # what others are made of
+
+
+def public(module):
+    """The public names that a module defines, or that a package takes from a module of its own that has no page."""
+    exported = getattr(module, "__all__", ())
+    without_page = {
+        name: value
+        for name, value in vars(module).items()
+        if (where := getattr(value, "__module__", None)) == module.__name__
+        or (name in exported and where and where.startswith(f"{module.__name__}.") and where.removeprefix("ksag.") not in MODULES)
+    }
+    return {name: value for name, value in without_page.items() if not name.startswith("_")}
+
+
 EXPORTED = {f"ksag.{name}": getattr(ksag, name) for name in ksag.__all__}
 NAMES = EXPORTED | {
     f"ksag.{module}.{name}": value

@@ -1,0 +1,548 @@
+"""Does SAG make better pictures, and at which settings?  `python benchmarks/quality.py report`
+
+Plain sampling against SAG from the same noise, with the bundled model, judged by `ksag.evaluate` against the pictures that the
+model was trained on: Fréchet distance, kernel distance, precision, recall, and time. `choose` looks for the best schedule of plain
+sampling, and then for SAG's layer, strength, blur, threshold and range of noise levels, on one set of seeds; `report` measures
+what was found on others; `quality_table.py` makes tables of both. Every row is appended to quality.jsonl as soon as it is
+measured, and a row that is there is not measured again, so that either command goes on where it was stopped. On several GPUs,
+each process its share of the rows: `torchrun --standalone --nproc-per-node 4 benchmarks/quality.py report`.
+
+A set of seeds is batches of noise that is drawn on the device, from one generator a batch (the Brownian tree of an SDE sampler has
+one seed a batch too), so that plain and SAG start from, and add, the same noise. On a GPU the network runs under autocast in
+float16, its residual blocks compiled, its attention not; all else is float32. Samples are rounded to 8 bits, as a file would hold
+them. Seconds are of a whole batch on one GPU, where only the number of evaluations counts, and no kernel's launch.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import statistics
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import click
+import k_diffusion as K
+import torch
+from torch import Tensor, nn
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import ksag
+from ksag import evaluate, features, zoo
+from ksag.samplers import SAMPLERS
+
+CHOICE_SEEDS, REPORT_SEEDS = 1, (2, 3, 4)
+STEPS = {
+    "euler": 24, "dpmpp_2m": 24, "lms": 24, "dpm_fast": 24, "heun": 16, "dpm_2": 16, "euler_ancestral": 32, "dpmpp_2m_sde": 32,
+    "dpmpp_3m_sde": 32, "dpm_2_ancestral": 20, "dpmpp_2s_ancestral": 20, "dpmpp_sde": 20, "dpm_adaptive": 24,
+}  # fmt: skip
+"""A usual number for each sampler; `dpm_fast` makes so many calls of the model, and `dpm_adaptive` does as it likes."""
+TWO_CALLS = {"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"}
+SCHEDULE = {"sigma_min": 0.04, "sigma_max": 80.0, "rho": 7.0}
+ALONG_STEPS = (8, 16, 32, 64)
+
+
+def frozen(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """A dict as a key; lists, as JSON has them, become tuples."""
+    return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in settings.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is sampled. `sag` holds keywords of SAGDenoiser, None is plain; `cond_scale` None is without a category."""
+
+    sampler: str = "euler"
+    steps: int = 24
+    sag: tuple[tuple[str, Any], ...] | None = None
+    cond_scale: float | None = None
+    seeds: int = REPORT_SEEDS[0]
+    n: int = 5000
+    schedule: tuple[tuple[str, float], ...] = frozen(SCHEDULE)
+    dtype: str = "float16"
+
+    @classmethod
+    def of(cls, result: dict[str, Any]) -> "Row":
+        """What a line of quality.jsonl says was sampled."""
+        described = result["row"]
+        sag = None if described["sag"] is None else frozen(dict(described["sag"]))
+        return cls(**{**described, "sag": sag, "schedule": frozen(dict(described["schedule"]))})
+
+    @cached_property
+    def key(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.sag or ())
+
+    @property
+    def cost(self) -> float:
+        """Evaluations of the network, about."""
+        calls = 80 if self.sampler == "dpm_adaptive" else self.steps * (2 if self.sampler in TWO_CALLS else 1)
+        own = 1 if self.cond_scale in (None, 1.0) else 2
+        every = self.settings.get("every", 1)
+        return self.n * calls * (own + (0 if self.sag is None else 1 / every))
+
+    @property
+    def plain(self) -> "Row":
+        return dataclasses.replace(self, sag=None)
+
+
+def load_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows that are there, by their keys; a line that a kill cut off counts as none."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            result = json.loads(line)
+            found[json.dumps(result["row"], sort_keys=True)] = result
+    return found
+
+
+def append_result(path: Path, result: dict[str, Any]) -> None:
+    before = path.read_bytes() if path.exists() else b""
+    start = "\n" if before and not before.endswith(b"\n") else ""  # the line before was cut off
+    with open(path, "ab", buffering=0) as file:
+        file.write(f"{start}{json.dumps(result)}\n".encode())  # in one write: other processes append too
+
+
+# --- Sampling ---
+
+
+def compile_blocks(denoiser: nn.Module) -> None:
+    """Compiles the residual blocks, for any number of samples, and leaves the attention alone: so one model serves all layers."""
+    torch._dynamo.config.cache_size_limit = 256  # one code object serves all blocks
+    torch._dynamo.config.automatic_dynamic_shapes = False  # or blocks of other sizes than the first get slow kernels for any size
+    for module in denoiser.modules():
+        if isinstance(module, K.models.image_v1.ResConvBlock):
+            module.forward = for_any_batch(torch.compile(module.forward))
+
+
+def for_any_batch(function: Callable) -> Callable:
+    def forward(x: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        for tensor in (x, *cond.values()):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return function(x, cond)
+
+    return forward
+
+
+def sigmas(row: Row, device: torch.device) -> Tensor:
+    schedule = dict(row.schedule)
+    return K.sampling.get_sigmas_karras(row.steps, schedule["sigma_min"], schedule["sigma_max"], schedule["rho"], device=device)
+
+
+def sample(
+    row: Row, model: nn.Module, n: int, seed: int, extra_args: dict[str, Any], device: torch.device, tick: Callable
+) -> Tensor:
+    """n samples (n, 3, 64, 64) of one seed, their noise drawn on the device."""
+    levels, generator = sigmas(row, device), torch.Generator(device).manual_seed(seed)
+    function = getattr(K.sampling, f"sample_{row.sampler}")
+    parameters = inspect.signature(function).parameters
+
+    def noise(*_: Any) -> Tensor:
+        return torch.randn(n, 3, 64, 64, generator=generator, device=device)
+
+    x = noise() * levels[0]
+    options: dict[str, Any] = {"extra_args": extra_args, "callback": tick, "disable": True}
+    if row.sampler.endswith("sde"):
+        low, high = float(levels[-2]) * 0.99, float(levels[0]) * 1.01  # a little wider: sigmas come back from logarithms rounded
+        options["noise_sampler"] = K.sampling.BrownianTreeNoiseSampler(x, low, high, seed=seed)
+    elif "noise_sampler" in parameters:
+        options["noise_sampler"] = noise
+    if "sigmas" in parameters:
+        return function(model, x, levels, **options)
+    if "n" in parameters:
+        options["n"] = row.steps
+    return function(model, x, float(levels[-2]), float(levels[0]), **options)
+
+
+def conditioning(row: Row, batch: int, n: int, shares: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Categories drawn as often as the data set has them; the guidance starts from no category where cond_scale is not 1."""
+    none = torch.zeros(n, len(zoo.CATEGORIES) + len(zoo.STYLES), device=device)
+    if row.cond_scale is None:
+        return {"cond": none}
+    generator = torch.Generator().manual_seed(1_000_000 * row.seeds + batch)
+    drawn = torch.multinomial(torch.tensor(shares, dtype=torch.float64), n, replacement=True, generator=generator)
+    cond, uncond = zoo.conditioning([zoo.CATEGORIES[i] for i in drawn], device=device)
+    return {"cond": cond} if row.cond_scale == 1 else {"cond": cond, "uncond": uncond, "cond_scale": row.cond_scale}
+
+
+class OutOfTime(Exception):
+    pass
+
+
+@dataclasses.dataclass
+class Bench:
+    """A process's model, what judges, and where the rows go."""
+
+    out: Path
+    device: torch.device
+    weights: Path
+    judges: list[tuple[features.Extractor, evaluate.Statistics]]
+    shares: list[int]
+    batch: int
+    ends: float
+    rank: int
+    ranks: int
+    compiled: bool
+    halves: bool = False
+
+    @cached_property
+    def denoiser(self) -> Any:
+        denoiser = zoo.load(self.weights, self.device)
+        if self.compiled:
+            compile_blocks(denoiser)
+        forward = denoiser.inner_model.forward
+
+        def in_half(*args: Any, **kwargs: Any) -> Tensor:
+            with torch.autocast(self.device.type, torch.float16, enabled=self.halves):
+                return forward(*args, **kwargs)
+
+        denoiser.inner_model.forward = in_half
+        return denoiser
+
+    def log(self, text: str) -> None:
+        tqdm.write(f"[{self.rank}] {self.ends - time.time():.0f} s left: {text}")
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        return load_results(self.out / "quality.jsonl")
+
+    def tick(self, _: Any = None) -> None:
+        if time.time() > self.ends:
+            raise OutOfTime
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        evaluations = 0
+
+        def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal evaluations
+            evaluations += len(args[0])
+
+        sag = row.settings or {"sag_scale": 0.0}
+        self.halves = self.device.type == "cuda" and row.dtype == "float16"
+        counter = self.denoiser.inner_model.register_forward_pre_hook(count)
+        samples, seconds = [], []
+        with contextlib.ExitStack() as stack:
+            stack.callback(counter.remove)
+            stack.enter_context(torch.no_grad())
+            guided = stack.enter_context(ksag.SAGDenoiser(self.denoiser, cond_key="mapping_cond", **sag))
+            for batch, start in enumerate(range(0, row.n, self.batch)):
+                n = min(self.batch, row.n - start)
+                extra_args = conditioning(row, batch, n, self.shares, self.device)
+                guided.reset()
+                self.synchronise()
+                began = time.perf_counter()
+                x = sample(row, guided, n, 1_000_000 * row.seeds + batch, extra_args, self.device, self.tick)
+                self.synchronise()
+                seconds.append(round(time.perf_counter() - began, 4))
+                samples.append(x.float())
+        x = torch.cat(samples)
+        bad = int((~x.flatten(1).isfinite().all(dim=1)).sum())
+        pictures = features.to_bytes(x.nan_to_num(0, 1, -1))
+        measures = {}
+        for extractor, reference in self.judges:
+            found = evaluate.statistics(torch.cat([extractor(part) for part in pictures.split(500)]), extractor.name)
+            measures[extractor.name] = {k: round(v, 6) for k, v in evaluate.measure(found, reference)._asdict().items()}
+        self.preview(row, pictures)
+        return {
+            "row": json.loads(row.key), "measures": measures, "seconds": seconds, "batch": min(self.batch, row.n),
+            "evaluations": round(evaluations / row.n, 2), "not_finite": bad,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU", "torch": torch.__version__,
+        }  # fmt: skip
+
+    def synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def preview(self, row: Row, pictures: Tensor) -> None:
+        folder = self.out / "previews"
+        folder.mkdir(exist_ok=True)
+        settings = "-".join(f"{name}={value}" for name, value in row.settings.items()) or "plain"
+        name = f"{row.sampler}-{row.steps}-{row.cond_scale}-{row.seeds}-{settings}".replace("/", "_")[:180]
+        save_image(pictures[:32].float() / 255, folder / f"{name}.webp", nrow=8)
+
+    def run(self, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+        """The results of these rows, each measured by one of the processes, the first first; all wait for each other's."""
+        unique = list({row.key: row for row in rows}.values())
+        there = self.results()
+        for row in shared_out(unique, self.ranks)[self.rank]:
+            if row.key in there:
+                continue
+            self.tick()
+            began = time.time()
+            result = self.measure(row)
+            append_result(self.out / "quality.jsonl", result)
+            took = time.time() - began
+            fds = ", ".join(f"{m['fd']:.4f}" for m in result["measures"].values())
+            self.log(f"{describe(row)}: FD {fds}, {took:.1f} s, {row.cost / took:.0f} evaluations a second")
+        while missing := {row.key for row in unique} - (there := self.results()).keys():
+            self.tick()
+            time.sleep(0.5)
+            del missing
+        return {row.key: there[row.key] for row in unique}
+
+    def fd(self, result: dict[str, Any]) -> float:
+        """By the first judge, which is the bundled one: it chooses. The others only report."""
+        return result["measures"][self.judges[0][0].name]["fd"]
+
+
+def shared_out(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
+    """Each process's rows, in their order: a row goes to the process that has least to do so far.
+
+    >>> [len(part) for part in shared_out([Row(n=n) for n in (8, 1, 2, 3, 1)], 2)]
+    [1, 4]
+    """
+    parts: list[list[Row]] = [[] for _ in range(ranks)]
+    for row in rows:
+        min(parts, key=lambda part: sum(other.cost for other in part)).append(row)
+    return parts
+
+
+def describe(row: Row) -> str:
+    condition = "unconditional" if row.cond_scale is None else f"by category, cond_scale {row.cond_scale:g}"
+    settings = ", ".join(f"{name}={value}" for name, value in row.settings.items()) or "plain"
+    return f"{row.sampler}, {row.steps} steps, {condition}, seeds {row.seeds}, {row.n} samples, {settings}"
+
+
+# --- The choice ---
+
+
+def attention_layers(denoiser: nn.Module) -> list[str]:
+    return [layer.path for layer in ksag.list_attention(denoiser)]
+
+
+def best(bench: Bench, results: dict[str, dict[str, Any]], groups: dict[Any, list[Row]]) -> list[tuple[float, Any]]:
+    """The groups, sorted by the mean over their rows of the Fréchet distance over plain's."""
+    plain = bench.results()
+    scores = []
+    for name, rows in groups.items():
+        ratios = [bench.fd(results[row.key]) / bench.fd(plain[row.plain.key]) for row in rows]
+        scores.append((statistics.geometric_mean(ratios), name))
+    return sorted(scores, key=lambda score: score[0])
+
+
+def choose(bench: Bench, n: int) -> None:
+    both = ("euler", "dpmpp_2m")
+    base: dict[str, Any] = {"n": n, "seeds": CHOICE_SEEDS}
+
+    # Plain sampling at its best: one parameter of the schedule after the other, at both samplers
+    schedule = dict(SCHEDULE)
+    for name, values in (
+        ("sigma_min", (0.002, 0.01, 0.02, 0.04, 0.08)),
+        ("sigma_max", (20.0, 40.0, 80.0)),
+        ("rho", (4.0, 5.5, 7.0, 9.0)),
+    ):
+        options = {
+            value: [Row(sampler, schedule=frozen({**schedule, name: value}), **base) for sampler in both] for value in values
+        }
+        results = bench.run([row for rows in options.values() for row in rows])
+        scores = {v: statistics.geometric_mean([bench.fd(results[row.key]) for row in rows]) for v, rows in options.items()}
+        usual = schedule[name]
+        schedule[name] = min(scores, key=lambda value: scores[value])
+        if scores[schedule[name]] > 0.98 * scores[usual]:
+            schedule[name] = usual  # no gain beyond the noise
+        bench.log(f"{name}: {scores}, taken {schedule[name]}")
+    base["schedule"] = frozen(schedule)
+    save_choice(bench, schedule=schedule)
+
+    def rank(groups: dict[Any, list[Row]], said: str) -> list[Any]:
+        results = bench.run([row for rows in groups.values() for row in rows])
+        scores = best(bench, results, groups)
+        bench.log(f"{said}, best first: " + "; ".join(f"{score:.3f} {name}" for score, name in scores[:12]))
+        return [name for _, name in scores]
+
+    def rows_of(settings: dict[str, Any], samplers: Sequence[str] = both) -> list[Row]:
+        return [Row(sampler, sag=frozen(settings), **base) for sampler in samplers]
+
+    # Which layer
+    bench.run([Row(sampler, **base) for sampler in both])
+    layers = attention_layers(bench.denoiser)
+    grid = {(layer, scale): rows_of({"attention": layer, "sag_scale": scale, "blur_sigma": 2.0}, ["euler"])
+            for scale in (1.0, 2.0, 0.5) for layer in layers}  # fmt: skip
+    nearest = list(dict.fromkeys(layer for layer, _ in rank(grid, "layers")))[:3]
+
+    # How strong, and how blurred
+    strengths, blurs = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0), (1.0, 1.5, 2.0, 3.0)
+    fine = {(layer, scale, blur): rows_of({"attention": layer, "sag_scale": scale, "blur_sigma": blur}, ["euler"])
+            for scale, blur, layer in itertools.product(strengths, blurs, nearest)}  # fmt: skip
+    leading = [dict(zip(("attention", "sag_scale", "blur_sigma"), found, strict=True)) for found in rank(fine, "strength and blur")]
+    settings = leading[0]
+    save_choice(bench, settings=settings)
+
+    # Where it looks, and at which noise levels, at both samplers
+    wider = {str(s): s for s in (
+        settings,
+        *({**settings, "mask_threshold": threshold} for threshold in (0.0, 0.7, 0.85, 1.15, 1.3, 1.6)),
+        *({**settings, "sigma_range": span} for span in itertools.product((0.0, 0.1, 0.3, 0.8), (1.5, 4.0, 12.0, math.inf))
+          if span != (0.0, math.inf)),
+        *leading[1:4],
+    )}  # fmt: skip
+    found = [wider[name] for name in rank({name: rows_of(s) for name, s in wider.items()}, "threshold and sigma_range")]
+    settings = found[0]
+    save_choice(bench, settings=settings)
+
+    # Once more around the best: strengths, and the best threshold together with the best range
+    threshold = next((s["mask_threshold"] for s in found if "mask_threshold" in s), 1.0)
+    span = next((s["sigma_range"] for s in found if "sigma_range" in s), (0.0, math.inf))
+    around = [{**settings, "sag_scale": round(settings["sag_scale"] * factor, 3)} for factor in (0.7, 0.85, 1.2, 1.4, 1.7)]
+    joined = [{**settings, "mask_threshold": threshold, "sigma_range": span, "sag_scale": settings["sag_scale"] * factor}
+              for factor in (1.0, 1.3, 1.6)]  # fmt: skip
+    last = {str(s): s for s in (settings, *around, *joined, *({**s, "sigma_range": span} for s in leading[1:3]))}
+    settings = last[rank({name: rows_of(s) for name, s in last.items()}, "once more")[0]]
+    save_choice(bench, settings=settings)
+
+    # Beside classifier-free guidance, and by category: how strong then
+    for cond_scale in (1.0, 1.5, 3.0):
+        beside = {
+            scale: [dataclasses.replace(row, cond_scale=cond_scale) for row in rows_of({**settings, "sag_scale": scale})]
+            for scale in (round(settings["sag_scale"] * factor, 3) for factor in (0.125, 0.25, 0.5, 1.0))
+        }
+        bench.run([rows[i].plain for rows in beside.values() for i in range(len(rows))])
+        taken = rank(beside, f"by category, cond_scale {cond_scale}")
+        save_choice(bench, **{f"sag_scale beside cond_scale {cond_scale}": taken[0]})
+
+
+def save_choice(bench: Bench, **found: Any) -> None:
+    if bench.rank == 0:
+        path = bench.out / "quality_choice.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | found, indent=1) + "\n")
+
+
+# --- The report ---
+
+
+def report_rows(choice: dict[str, Any]) -> list[Row]:
+    """All rows of the tables, the important ones first."""
+    settings, schedule = choice["settings"], frozen(choice["schedule"])
+    first, *others = REPORT_SEEDS
+    main = ("euler", "dpmpp_2m")
+
+    def pair(sampler: str, steps: int, seeds: int = first, **row: Any) -> list[Row]:
+        plain = Row(sampler, steps, seeds=seeds, schedule=schedule, **row)
+        return [plain, dataclasses.replace(plain, sag=frozen(settings))]
+
+    def cheaper(sampler: str, steps: int, **row: Any) -> list[Row]:
+        forms: list[dict[str, Any]] = [
+            {"one_pass": True},
+            *({"every": n} for n in (2, 3, 4)),
+            *({"one_pass": True, "every": n} for n in (2, 3)),
+        ]
+        exact = pair(sampler, steps, **row)[1]
+        return [dataclasses.replace(exact, sag=frozen({**settings, **form})) for form in forms]
+
+    usual = [row for sampler in main for row in pair(sampler, STEPS[sampler])]
+    scales = (1.0, 1.5, 3.0)
+    by_category = [row for scale in scales for sampler in main for row in pair(sampler, STEPS[sampler], cond_scale=scale)]
+    for scale in scales:
+        weaker = choice.get(f"sag_scale beside cond_scale {scale}", settings["sag_scale"])
+        if weaker != settings["sag_scale"]:
+            sag = frozen({**settings, "sag_scale": weaker})
+            by_category += [Row(s, STEPS[s], sag, scale, first, schedule=schedule) for s in main]
+    samplers = [row for sampler in SAMPLERS for row in pair(sampler, STEPS[sampler])]
+    along = [row for steps in ALONG_STEPS for sampler in main for row in pair(sampler, steps)]
+    single = ("dpmpp_2m", "euler", "euler_ancestral", "dpmpp_2m_sde", "heun")
+    forms = [row for sampler in single for row in cheaper(sampler, STEPS[sampler])]
+    further = [row for steps in (12, 48) for row in (*pair("dpmpp_2m", steps), *cheaper("dpmpp_2m", steps))]
+    further += cheaper("dpmpp_2m", STEPS["dpmpp_2m"], cond_scale=1.0)
+    spread_usual = [dataclasses.replace(row, seeds=seeds) for seeds in others for row in usual]
+    spread = [dataclasses.replace(row, seeds=seeds) for seeds in others for row in (*usual, *by_category)]
+    spread_along = [dataclasses.replace(row, seeds=seeds) for seeds in others for row in along]
+    exact = [dataclasses.replace(row, dtype="float32") for row in usual[:2]]
+    rows = [*usual, *spread_usual, *forms, *samplers, *by_category, *along, *further, *spread_along, *spread, *exact]
+    return list({row.key: row for row in rows}.values())
+
+
+# --- The command ---
+
+
+def join_processes() -> tuple[int, int]:
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return rank, ranks
+
+
+def load_judges(
+    folders: Sequence[Path], device: torch.device
+) -> tuple[list[tuple[features.Extractor, evaluate.Statistics]], list[int]]:
+    judges = []
+    for folder in folders:
+        extractor = features.load_classifier(folder / "classifier.safetensors", device)
+        judges.append((extractor, evaluate.load_statistics(folder / "statistics.safetensors").to(device)))
+    _, metadata = features.read(folders[0] / "classifier.safetensors")
+    return judges, metadata["training"]["categories"]
+
+
+def pack_previews(out: Path) -> None:
+    with tarfile.open(out / "previews.tar", "w") as tar:
+        for path in sorted((out / "previews").glob("*.webp")):
+            data = path.read_bytes()
+            entry = tarfile.TarInfo(path.name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+@contextlib.contextmanager
+def in_time(bench: Bench) -> Iterator[None]:
+    try:
+        yield
+        bench.log("done")
+    except OutOfTime:
+        bench.log("out of time: the same command goes on")
+
+
+@click.command(help=__doc__)
+@click.argument("stage", type=click.Choice(["choose", "report", "estimate"]))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quality"), show_default=True,
+              help="The folder of quality.jsonl, quality_choice.json and previews of the samples.")  # fmt: skip
+@click.option(
+    "--weights", type=click.Path(exists=True, path_type=Path), default=zoo.EMOJI, help="The denoiser; by default the bundled one."
+)
+@click.option("--judge", "folders", multiple=True, type=click.Path(exists=True, path_type=Path),
+              default=[features.CLASSIFIER.parent],
+              help="A folder of train_classifier.py; by default the bundled one. The first chooses, all report.")  # fmt: skip
+@click.option("--n", type=int, default=None, help="Samples a row; by default 2000 to choose, 5000 to report.")
+@click.option("--batch", default=1000, show_default=True)
+@click.option("--seconds", type=float, default=math.inf, help="Stop after so many seconds.")
+@click.option("--limit", type=int, default=None, help="Only so many rows of the report, the first ones.")
+@click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="On a GPU, the model's residual blocks.")
+def main(stage, out, weights, folders, n, batch, seconds, limit, compiled):
+    ends = time.time() + seconds
+    rank, ranks = join_processes()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    out.mkdir(parents=True, exist_ok=True)
+    choice = {"settings": zoo.SETTINGS, "schedule": SCHEDULE}
+    if (out / "quality_choice.json").exists():
+        choice |= json.loads((out / "quality_choice.json").read_text())
+    rows = report_rows(choice)[:limit]
+    if n is not None:
+        rows = [dataclasses.replace(row, n=n) for row in rows]
+    if stage == "estimate":
+        total = sum(row.cost for row in rows)
+        click.echo(f"{len(rows)} rows, {total / 1e6:.1f} million evaluations: {total / 12e3:.0f} s at 12,000 a second")
+        return
+    judges, shares = load_judges(folders, device)
+    bench = Bench(out, device, weights, judges, shares, batch, ends, rank, ranks, compiled and device.type == "cuda")
+    with in_time(bench):
+        if stage == "choose":
+            choose(bench, n or 2000)
+        else:
+            bench.run(rows)
+    if rank == 0:
+        pack_previews(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""The evidence: the pages say what the raw rows say, the benchmark goes on where it was stopped, and what judges is whole."""
+
+import dataclasses
+import importlib
+import io
+import json
+import math
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import quality
+import quality_table
+import torch
+from click.core import ParameterSource
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor
+
+from ksag import evaluate, features, zoo
+from tests.commands import invoke, save_small_model
+from tests.emoji_packages import ROOT, make_data
+
+ROWS = [json.loads(line) for line in (ROOT / "benchmarks/quality.jsonl").read_text().splitlines()]
+CHOICE = json.loads((ROOT / "benchmarks/quality_choice.json").read_text())
+TABLES = (ROOT / "docs/quality.md").read_text()
+PAGE = (ROOT / "docs/evaluate.md").read_text()
+EARLIER = [["attention", "inner_model.u_net.d_blocks.2.4"], ["blur_sigma", 2.0], ["sag_scale", 1.0]]
+
+
+# The tables
+
+
+def found(measure="fd", judge=0, chosen=False, **wanted):
+    """A measure of the rows of the report, by a plain search through the raw lines."""
+    wanted = {"cond_scale": None, "steps": 24, **wanted}
+    schedule = CHOICE["schedule"] if chosen else {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+    return [
+        list(r["measures"].values())[judge][measure]
+        for r in sorted(ROWS, key=lambda r: r["row"]["seeds"])
+        if r["row"]["n"] == 5000 and dict(r["row"]["schedule"]) == schedule and all(r["row"][k] == v for k, v in wanted.items())
+    ]
+
+
+def ratio(chosen=False, sag=None, **wanted):
+    sag = sorted([k, v] for k, v in CHOICE["settings"].items()) if chosen else EARLIER
+    pairs = zip(found(chosen=chosen, sag=None, **wanted), found(chosen=chosen, sag=sag, **wanted), strict=False)
+    return [guided / plain for plain, guided in pairs]
+
+
+def kept(judge=0, steps=24, sampler="dpmpp_2m", **form):
+    """The share of exact SAG's gain that a cheaper form keeps, in %."""
+    sags = (None, EARLIER, sorted([*EARLIER, *([k, v] for k, v in form.items())]))
+    plain, exact, cheaper = (found(judge=judge, steps=steps, sampler=sampler, sag=sag)[0] for sag in sags)
+    return round(100 * (plain - cheaper) / (plain - exact))
+
+
+def test_the_tables_are_those_of_the_rows():
+    assert quality_table.report(*quality_table.load(ROOT / "benchmarks")) == TABLES
+
+
+def test_the_tables_have_what_a_plain_search_finds():
+    for sampler in ("euler", "dpmpp_2m"):
+        ratios, second = (ratio(chosen=True, sampler=sampler, judge=judge) for judge in (0, 1))
+        assert len(ratios) == 3
+        cells = (f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in (ratios, second))
+        assert "| **SAG over plain** | " + " | ".join(f"**{cell}**" for cell in cells) in TABLES
+    (heun,) = ratio(sampler="heun", steps=16)
+    assert re.search(rf"\| heun, 16 steps \| [\d.]+ \| [\d.]+ \| \*\*{heun:.3f}\*\* \|", TABLES)
+    cells = f"{kept(one_pass=True)} / {kept(1, one_pass=True)} % (2.00)"
+    assert re.search(rf"\| dpmpp_2m, 24 steps \|.*\| {re.escape(cells)} \|", TABLES)
+
+
+def test_the_page_says_what_the_rows_say():
+    """The sentences of "What SAG does for the bundled model"."""
+    text = " ".join(PAGE.split())
+    euler, dpmpp, second = (
+        statistics.mean(ratio(chosen=True, sampler=sampler, judge=judge))
+        for sampler, judge in (("euler", 0), ("dpmpp_2m", 0), ("dpmpp_2m", 1))
+    )
+    assert f"SAG takes FD to {euler:.2f} of plain's, at 1.6 times the evaluations" in text and "| **1.625** |" in TABLES
+    chosen = sorted([k, v] for k, v in CHOICE["settings"].items())
+    assert max(found(chosen=True, sampler="euler", sag=chosen)) < min(found(sampler="euler", steps=64, sag=None))
+    assert f"to {dpmpp:.2f}; by the second judge, {second:.2f}" in text
+    ends = [statistics.mean(found(chosen=True, sampler=sampler, sag=chosen)) for sampler in ("euler", "dpmpp_2m")]
+    assert "at {:.1f} and {:.1f}: it makes up".format(*ends) in text
+    longer = statistics.mean(found(sampler="dpmpp_2m", sag=None)), found(sampler="dpmpp_2m", steps=64, sag=None)[0]
+    assert "64 steps take its plain FD from {:.1f} to {:.1f}".format(*longer) in text
+    others = {s: ratio(sampler=s, steps=quality.STEPS[s])[0] for s in quality.STEPS if s not in ("euler", "dpmpp_2m")}
+    worse = others.pop("dpm_2_ancestral")
+    assert f"between {min(others.values()):.2f} and {max(others.values()):.2f}, but" in text and f"rose to {worse:.2f}" in text
+    assert "dpmpp_2m 0.856, the lowest of 35 settings" in TABLES and "None of 35 settings tried came below 0.86" in text
+    assert re.search(r"\| 4\.2 \|", TABLES) and "| 1.276 |" in TABLES and "1.28 at `sag_scale=4.2`" in text
+    alone = [ratio(sampler=sampler, cond_scale=1.0)[0] for sampler in ("euler", "dpmpp_2m")]
+    assert "to {:.2f} and {:.2f} at the earlier settings".format(*alone) in text
+    strong = [ratio(sampler="dpmpp_2m", cond_scale=3.0, judge=judge)[0] for judge in (0, 1)]
+    assert "({:.2f}; by the second judge, {:.2f})".format(*strong) in text
+    recalls = [statistics.mean(found("recall", chosen=True, sampler="euler", sag=sag)) for sag in (None, chosen)]
+    assert "from {:.2f} to {:.2f}; precision stays".format(*recalls) in text
+
+
+def test_the_page_says_what_the_cheaper_forms_keep():
+    samplers = ("euler", "dpmpp_2m", "heun", "euler_ancestral", "dpmpp_2m_sde")
+
+    def least(**form):
+        by_first = [kept(sampler=s, steps=quality.STEPS[s], **form) for s in samplers]
+        by_second = [kept(1, sampler=s, steps=quality.STEPS[s], **form) for s in samplers if s != "heun"]  # its gain is too small
+        return min(by_first + by_second)
+
+    text = " ".join(PAGE.split())
+    assert least(one_pass=True) >= 100 and "`one_pass` keeps all of the gain" in text
+    assert f"`one_pass=True, every=2` {least(one_pass=True, every=2)} % of it or more" in text
+    assert f"`every=3` keeps {least(every=3)} % or more" in text
+    assert f"At 12 steps `one_pass` keeps {kept(steps=12, one_pass=True)} %" in text
+    assert all(kept(steps=12, every=n) < 0 for n in (2, 3, 4)) and kept(every=4) < 0
+
+
+def test_the_tables_of_one_judge_and_a_few_rows():
+    """As a user's own run makes them, without the second judge."""
+    few = [{**r, "measures": dict([next(iter(r["measures"].items()))])} for r in ROWS if r["row"]["sampler"] == "euler"]
+    results = {quality.Row.of(r): r for r in few}
+    text = quality_table.report(results, CHOICE)
+    assert "second judge |" not in text and "| euler, 64 steps |" in text and "dpmpp_2m, 24" not in text
+
+
+# The benchmark
+
+
+def test_settings_are_chosen_on_other_seeds_than_reported():
+    rows = quality.report_rows(CHOICE)
+    assert quality.CHOICE_SEEDS not in {row.seeds for row in rows} == set(quality.REPORT_SEEDS)
+    assert {row.sampler for row in rows} == quality.STEPS.keys()
+    assert all(row.plain in rows for row in rows if row.sag is not None)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    ((judge, reference),), shares = quality.load_judges([features.CLASSIFIER.parent], torch.device("cpu"))
+    judges = [(judge, dataclasses.replace(reference, features=reference.features[:200]))]  # all only take longer
+    return quality.Bench(tmp_path, torch.device("cpu"), zoo.EMOJI, judges, shares, 4, math.inf, 0, 1, compiled=False)
+
+
+SHORT = quality.Row(steps=2, n=4)
+SHORT_SAG = quality.Row(steps=2, n=4, sag=quality.frozen(zoo.SETTINGS | {"sigma_range": (0.0, math.inf)}))
+
+
+def test_the_benchmark_goes_on_where_it_was_killed(bench, monkeypatch):
+    first = bench.run([SHORT])[SHORT.key]
+    path = bench.out / "quality.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:50])  # killed while it wrote the next row
+    measured, measure = [], bench.measure
+    monkeypatch.setattr(bench, "measure", lambda row: measured.append(row) or measure(row))
+    results = bench.run([SHORT, SHORT_SAG])
+    assert measured == [SHORT_SAG] and results[SHORT.key] == first
+    assert quality.load_results(path) == results
+    guided = results[SHORT_SAG.key]
+    assert (first["evaluations"], guided["evaluations"]) == (2, 4) and not guided["not_finite"]
+    assert guided["measures"] != first["measures"]
+    assert quality.Row.of(guided) == SHORT_SAG
+    again = measure(SHORT)
+    assert again["measures"] == first["measures"]  # a set of seeds is the same noise
+
+
+def test_the_benchmark_stops_in_time_and_keeps_whole_rows_only(bench):
+    bench.ends = time.time() - 1
+    with pytest.raises(quality.OutOfTime):
+        bench.run([SHORT])
+    with pytest.raises(quality.OutOfTime):
+        bench.measure(SHORT)
+    assert not bench.results()
+
+
+# The classifier
+
+
+SHAPES = {  # drawn here, in the manner of emoji
+    "smiley": '<circle cx="8" cy="8" r="7" fill="#fc3"/><circle cx="5" cy="6" r="1"/><circle cx="11" cy="6" r="1"/>'
+    '<path d="M4 10q4 4 8 0" fill="none" stroke="#000"/>',
+    "heart": '<path d="M8 14L2 8a3.5 3.5 0 0 1 6-5a3.5 3.5 0 0 1 6 5z" fill="#d22"/>',
+    "star": '<path d="M8 1l2 5h5l-4 3l2 6l-5-4l-5 4l2-6l-4-3h5z" fill="#fb0"/>',
+    "house": '<path d="M1 8l7-6l7 6z" fill="#a32"/><path d="M3 8h10v7h-10z" fill="#ec9"/><path d="M7 10h3v5h-3z" fill="#642"/>',
+    "leaf": '<path d="M2 14q0-12 12-12q0 12-12 12z" fill="#4a3"/><path d="M2 14l8-8" stroke="#262"/>',
+    "drop": '<path d="M8 1q6 7 6 9a6 5 0 0 1-12 0q0-2 6-9z" fill="#39d"/>',
+}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    resvg = pytest.importorskip("resvg_py")
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" fill="#fff"/>{}</svg>'
+    png = (resvg.svg_to_bytes(svg_string=svg.format(shape), width=64, height=64) for shape in SHAPES.values())
+    return torch.stack([decoded(bytes(data)) for data in png])
+
+
+def decoded(png):
+    with Image.open(io.BytesIO(png)) as image:
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def test_the_bundled_features_notice_damage(drawn):
+    extractor = features.load("emoji")
+    original, reals = extractor(drawn), features.to_reals(drawn)
+
+    def moved(damaged):
+        return (extractor(features.to_bytes(damaged)) - original).norm(dim=1)
+
+    noise = torch.randn(reals.shape)
+    nothing = moved(reals + noise.sign() / 127.5)  # one of 255 levels: nobody sees it
+    pooled = {side: F.interpolate(F.avg_pool2d(reals, side), scale_factor=side) for side in (2, 4)}
+    holed = {side: reals.index_fill(3, torch.arange(32 - side, 32), 1.0) for side in (6, 16)}
+    for mild, strong in (
+        (reals + 0.1 * noise, reals + 0.3 * noise), (pooled[2], pooled[4]), (holed[6], holed[16]),
+    ):  # fmt: skip
+        assert (moved(mild) > 3 * nothing).all()
+        assert moved(strong).mean() > moved(mild).mean()
+
+
+def test_what_is_shipped_is_whole_and_small():
+    classifier, metadata = features.read(features.CLASSIFIER)
+    reference = evaluate.load_statistics()
+    assert sum(path.stat().st_size for path in (features.CLASSIFIER, evaluate.STATISTICS)) <= 4 * 2**20
+    assert reference.extractor == features.load("emoji").name == next(iter(ROWS[0]["measures"]))
+    assert reference.n == metadata["training"]["pictures"] == sum(metadata["training"]["categories"])
+    assert (len(classifier["category.bias"]), len(classifier["style.bias"])) == (len(zoo.CATEGORIES), len(zoo.STYLES))
+    assert torch.linalg.eigvalsh(reference.cov).min() > -1e-9
+    kept = evaluate.statistics(reference.features, reference.extractor)
+    assert len(reference.features) == 4000 and evaluate.frechet_distance(kept, reference) < 1  # a part of the same pictures
+
+
+def test_the_page_says_what_the_classifier_reached():
+    training = features.read(features.CLASSIFIER)[1]["training"]
+    distances, accuracy = training["frechet_distances"], training["accuracy_held_out"]
+    (rows,) = re.findall(r"\| \| FD \|\n\| --- \| --- \|\n((?:\|.*\n)+)", PAGE)
+    names = ("nothing", "474 of training, to the rest", "474 held out, to all", "noise of 0.1", "blur of 1.0 pixels")
+    expected = [distances[name] for name in (*names, "a square of 12 pixels missing")]
+    assert [float(row.split("|")[2]) for row in rows.splitlines()] == [round(d, 2) for d in expected]
+    text = " ".join(PAGE.split())
+    assert (
+        f"category of {accuracy['category']:.0%} of the held-out pictures, and the style of {accuracy['style']:.0%}".replace(
+            "%", " %"
+        )
+        in text
+    )
+    assert f"{training['pictures']:,} pictures" in text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The script's run on its own data set of coloured rectangles, which a small network learns at once."""
+    folder = tmp_path_factory.mktemp("classifier")
+    data, out = make_data(folder), folder / "out"
+    options = {"data": data, "out": out, "epochs": 60, "batch-size": 16, "widths": "8,8,8,16", "keep": 20}
+    command = [sys.executable, "-W", "ignore", ROOT / "scripts/train_classifier.py", *(f"--{k}={v}" for k, v in options.items())]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return data, out
+
+
+def test_the_script_trains_a_classifier(trained):
+    data, out = trained
+    metadata = features.read(out / "classifier.safetensors")[1]
+    training = metadata["training"]
+    assert (training["pictures"], training["held_out"]) == (32, 8)
+    assert training["accuracy_training"]["category"] > 0.8  # by chance 1 of 5
+    described = [p for pictures in json.loads((data / "index.json").read_text())["pictures"].values() for p in pictures]
+    counts = [sum(p["category"] == category and not p["held_out"] for p in described) for category in zoo.CATEGORIES]
+    assert training["categories"] == counts
+    distances = training["frechet_distances"]
+    assert distances["colours of another"] > 1.5 * distances["nothing"]  # these pictures are their colours
+    assert distances["8 held out, to all"] > 2 * distances["8 of training, to the rest"]  # of a colour that is not trained on
+
+
+def test_the_script_keeps_the_features_of_what_was_trained_on(trained):
+    data, out = trained
+    import train_emoji
+
+    extractor = features.load_classifier(out / "classifier.safetensors")
+    pictures, _ = train_emoji.load_pictures(data, list(zoo.CATEGORIES), list(zoo.STYLES))
+    known = evaluate.load_statistics(out / "statistics.safetensors")
+    assert (known.n, len(known.features), known.extractor) == (32, 20, extractor.name)
+    found = extractor(pictures.images).double()
+    torch.testing.assert_close(known.mean, found.mean(0), rtol=1e-3, atol=1e-4)  # other batches, other rounding
+    torch.testing.assert_close(known.cov, torch.cov(found.T), rtol=1e-3, atol=1e-4)
+
+
+# The page's commands
+
+
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+
+
+class Means(nn.Module):
+    """Stands for Inception, whose weights are not here: the mean of each colour, and the first pixel."""
+
+    def forward(self, pictures):
+        return torch.cat([pictures.float().mean(dim=(2, 3)), pictures[:, :, 0, 0].float()], dim=1)
+
+
+def shortened(line):
+    """The page's command, with few pictures and steps."""
+    args = shlex.split(re.sub(r"--n \d+ (--batch-size \d+)?", "--n 4 ", line))[1:]
+    return [*args, "--steps", "2", "--device", "cpu"] if args[0] == "sample" else [*args, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("whose", ["bundled", "own"])
+def test_the_pages_commands_and_python_run(tmp_path, monkeypatch, whose):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    section = PAGE.split("## A model of your own")[whose == "own"].split("## What the measures mean")[0]
+    if whose == "own":
+        save_small_model("mine.safetensors")
+        invoke("sample", "--weights", "mine.safetensors", "--n", 4, "--steps", 2, "--seed", 7, "--out", "photos", "--device", "cpu")
+        load = features.load
+        monkeypatch.setattr(features, "load", lambda name, *_: features.Extractor(name, Means()) if name != "emoji" else load(name))
+    lines = [line for line in section.splitlines() if line.startswith("ksag ")]
+    assert len(lines) == {"bundled": 3, "own": 4}[whose]
+    for line in lines:
+        output = invoke(*shortened(line))
+    assert re.search(r"plain 4 [\d.]+ .* with-sag 4 [\d.]+", output)
+    if whose == "bundled":
+        (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+        names = {}
+        exec(compile(code, "evaluate.md", "exec"), names)
+        fd = evaluate.measure(names["found"], evaluate.load_statistics()).fd
+        assert f"plain 4 {fd:.4f}" in output
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python ")])
+def test_the_pages_scripts_can_be_given(tmp_path, monkeypatch, line):
+    """As far as the work itself."""
+    args = shlex.split(line)[1:]
+    assert (ROOT / args[0]).is_file()
+    monkeypatch.syspath_prepend(str((ROOT / args[0]).parent))
+    command = importlib.import_module(Path(args[0]).stem).main
+    for name in ("emoji", "runs/quality", "runs/second", "ksag/zoo"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    context = command.make_context(args[0], args[1:].copy())
+    given = {name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    arguments = sum(isinstance(parameter, click.Argument) for parameter in command.params)
+    assert len(given) == len({arg for arg in args if arg.startswith("--")}) + arguments
