@@ -469,6 +469,8 @@ def case(seed: int, number: int) -> Case:
         "blur_kernel_size": rng.choices((9, 3, 5, 7, 1, 15, 31), (6, 2, 2, 2, 1, 1, 1))[0],
         "mask_threshold": rng.choice((1.0, 1.0, 1.0, 0.0, -1.0, 3.0, rng.uniform(0.5, 1.5))),
         "sigma_range": rng.choice(((0.0, math.inf),) * 4 + ((0.0, level), (level, math.inf), (level, level))),
+        "one_pass": rng.random() < 0.2,
+        "every": rng.choice((1, 1, 1, 3)),
         "cfg_rule": rule,
         "cond_key": rng.choice(("cond", "text", None)),
         "batch_cond": rng.random() < 0.7,
@@ -589,9 +591,19 @@ def image(c: Case) -> tuple[Tensor, ksag.Trace]:
     keywords = s.arguments(None, s.dtype)
     if s.cond is not None:
         keywords["nesting"] = s.nesting
-    with wrapped(c) as (guided, per_call), guided.trace() as steps, MODES[c.mode]():
-        result = guided(s.x, s.sigma, cond=packed(s.cond), uncond=packed(s.uncond), cond_scale=c.cond_scale, **per_call, **keywords)
-    return result, steps
+    with wrapped(c) as (guided, per_call), MODES[c.mode]():
+
+        def call() -> tuple[Tensor, ksag.Trace]:
+            with guided.trace() as steps:
+                args = {"cond": packed(s.cond), "uncond": packed(s.uncond), "cond_scale": c.cond_scale, **per_call, **keywords}
+                return guided(s.x, s.sigma, **args), steps
+
+        guided.reset()
+        if c.settings["one_pass"]:  # the second call at the same x and sigma is exact SAG
+            call()
+            if hasattr(guided.cfg_rule, "reset"):
+                guided.cfg_rule.reset()
+        return call()
 
 
 # The comparison

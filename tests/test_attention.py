@@ -60,7 +60,7 @@ def test_no_middle_lists_what_there_is():
 
 
 def test_cross_attention_is_refused():
-    with pytest.raises(ValueError, match="CrossAttention, not a self-attention layer"):
+    with pytest.raises(ValueError, match=r"\(CrossAttention\) is no self-attention layer"):
         ksag.SAGDenoiser(seeded(compvis_unet), attention="middle_block.1.transformer_blocks.0.attn2")
 
 

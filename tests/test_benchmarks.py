@@ -1,4 +1,4 @@
-"""The GPU's figures in the documents are those that benchmarks/gpu.json holds."""
+"""The figures in the README and on the pages are those that benchmarks/gpu.json and benchmarks/quality.jsonl hold."""
 
 import json
 import statistics
@@ -57,3 +57,30 @@ def test_the_performance_pages_first_table_is_that_of_the_run():
     ):
         ratios = " | ".join(f"{over_plain(result, form, mode):.2f}" for result in BATCH_ONE)
         assert f"\n| {NAMES[form]}, {mode} | {ratios} |\n" in page
+
+
+def test_the_readmes_table_of_quality_is_that_of_the_rows():
+    readme = (ROOT / "README.md").read_text()
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/quality.jsonl").read_text().splitlines()]
+    chosen = json.loads((ROOT / "benchmarks/quality_choice.json").read_text())
+    for sampler in ("euler", "dpmpp_2m"):
+        for name, sag in (("plain", None), ("SAG", chosen["settings"])):
+            found = [
+                r for r in rows
+                if (r["row"]["sampler"], r["row"]["steps"], r["row"]["n"], r["row"]["cond_scale"]) == (sampler, 24, 5000, None)
+                and dict(r["row"]["schedule"]) == chosen["schedule"] and (dict(r["row"]["sag"]) if r["row"]["sag"] else None) == sag
+            ]  # fmt: skip
+            assert sorted(r["row"]["seeds"] for r in found) == [2, 3, 4]
+            first = [next(iter(r["measures"].values())) for r in found]
+            mean = {key: statistics.mean(m[key] for m in first) for key in first[0]}
+            fd = f"{mean['fd']:.2f} ± {statistics.stdev(m['fd'] for m in first):.2f}"
+            shown = f"**{fd}**" if sag else fd
+            cells = [
+                f"`{sampler}`, {name}",
+                shown,
+                f"{1000 * mean['kid']:.1f}",
+                f"{mean['precision']:.3f}",
+                f"{mean['recall']:.3f}",
+            ]
+            evaluations = f"{found[0]['evaluations']:g}"
+            assert f"| {' | '.join([*cells, evaluations])} |" in readme

@@ -202,7 +202,7 @@ def test_a_grid_with_its_parameters(tmp_path, sample):
     assert f"3 pictures in {out}" in sample("--n", 3, "--classes", "cat, 0", "--seed", 4, "--out", out, "--batch-size", 2)
     assert pixels(out).shape == (3, 18 + 2, 3 * 18 + 2)
     assert re.fullmatch(
-        r"cat\nNegative prompt: \nSteps: 2, Sampler: DPM\+\+ 2M, Schedule type: Karras, CFG scale: 1, Size: 16x16, Model: small, "
+        r"cat\nNegative prompt: \nSteps: 2, Sampler: Euler, Schedule type: Karras, CFG scale: 1, Size: 16x16, Model: small, "
         r"Model hash: [0-9a-f]{10}, SAG scale: 0.5, SAG blur sigma: 2, SAG blur kernel size: 9, SAG mask threshold: 1, "
         r"SAG sigma range: 0-inf, SAG one pass: False, SAG every: 1, CFG rule: plain, SAG attention: middle, Precision: float32, "
         rf"Seed: 4, Version: ksag {ksag.__version__}",
