@@ -144,6 +144,8 @@ class SAGDenoiser(nn.Module):
         if name in ("attention", "check_attention"):
             raise AttributeError(f"{name} is chosen when a SAGDenoiser is made: make a new one, and close() this one.")
         super().__setattr__(name, PARAMETERS[name].check(value) if name in PARAMETERS else value)
+        if name in ("one_pass", "every") and hasattr(self, "_calls"):
+            self._end_run()  # what the other form kept is none of this one's
 
     def forward(
         self,
@@ -321,7 +323,7 @@ class SAGDenoiser(nn.Module):
             guided = ksag.SAGDenoiser(denoiser).use_cuda_graphs()
             K.sampling.sample_euler(guided, x, sigmas, extra_args=extra_args)
 
-        The first call with new shapes, dtypes or keywords captures its two passes, in about a second (a compiled model compiles
+        The first call with new shapes, dtypes or keywords captures its passes, in about a second (a compiled model compiles
         first); every later one replays them, under any sampler, `sigma_range` and `trace()`. cond_scale, sag_scale,
         blur_sigma and mask_threshold may change freely. Conditionings are copied in only when they change. Weights may
         change in place; after any other change to the model (a LoRA, another attention processor), call this again. A call with
@@ -329,8 +331,8 @@ class SAGDenoiser(nn.Module):
         memory.
 
         Args:
-            limit: graphs kept for each thread. A guided step takes two, one more where `sigma_range` or `sag_scale` 0 leave SAG
-                out; the least recently used beyond that are dropped, with a warning.
+            limit: graphs kept for each thread. A guided step takes two, or one in one pass; one or two more where `sigma_range`,
+                `every` or `sag_scale` 0 leave SAG out; the least recently used beyond that are dropped, with a warning.
 
         Returns:
             This wrapper.

@@ -302,6 +302,13 @@ def a_plain_call(guided, x, sigma, args):
     guided(x, sigma * 0.55, **args, sag_scale=0.0)
 
 
+def another_form(guided, x, sigma, args):
+    one_pass, every = guided.one_pass, guided.every
+    guided.one_pass, guided.every = False, 1
+    guided(x, sigma * 0.55, **args)
+    guided.one_pass, guided.every = one_pass, every
+
+
 def another_size(guided, x, sigma, args):
     guided(x[..., :10], sigma * 0.55, **args)
 
@@ -317,7 +324,7 @@ def another_dtype(guided, x, sigma, args):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "between",
-    [reset, an_error, ctrl_c, a_call_out_of_range, a_plain_call, another_size, another_batch, another_dtype],
+    [reset, an_error, ctrl_c, a_call_out_of_range, a_plain_call, another_form, another_size, another_batch, another_dtype],
 )
 def test_what_begins_a_run(model, form, between):
     went_on, alone = after(model, form, nothing)
