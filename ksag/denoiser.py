@@ -129,7 +129,7 @@ class SAGDenoiser(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: all but what belongs to this wrapper alone."""
-        state = {name: value for name, value in super().__getstate__().items() if name not in OWN}
+        state = {name: value for name, value in vars(self).items() if name not in OWN}
         return state | {"_modules": dict(state["_modules"]), "_layer": (self.tap.path, self.tap.check, self.tap.closed)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ class SAGDenoiser(nn.Module):
                 d, r = u - delta.to(u.dtype), predictions[-1]
             elif asks:
                 _, d, r = self_attention_guidance(u, x, saliency, lambda x: self._ask([(x, base)], sigma, kwargs)[0][0], **blur)
-            direction = only(acts, d - r) if asks else self._direction.last(sigma, u)
+            direction = only(acts, d - r if asks else self._direction.last(sigma, u))
             if asks:
                 self._keep_step(seen, d, r, mask_threshold)
 
@@ -288,7 +288,7 @@ class SAGDenoiser(nn.Module):
     def _warn_once(self, message: str) -> None:
         if message not in self._warned and not torch.compiler.is_dynamo_compiling():
             self._warned.add(message)
-            warnings.warn(message, stacklevel=5)  # at the call of this wrapper
+            warnings.warn(message, stacklevel=6)  # at the call of this wrapper
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -298,7 +298,8 @@ class SAGDenoiser(nn.Module):
                 K.sampling.sample_euler(guided, x, sigmas)
             steps[0].mask
 
-        A call that is not guided (`sag_scale` 0, outside `sigma_range`) leaves no step.
+        A call that is not guided (`sag_scale` 0, outside `sigma_range`), or that goes on with a kept direction (`every`), leaves no
+        step.
         """
         before, steps = self._traces.get(), Trace()
         self._traces.set((*before, steps))

@@ -194,6 +194,11 @@ def load_picture(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             w, h = image.size
+            if "A" in image.getbands() or "transparency" in image.info or image.mode.startswith(("I", "F")):
+                raise ValueError(
+                    f"{path} is transparent, or has more than 8 bits a channel ({image.mode}): save it as 8-bit RGB, on the "
+                    f"background that it is to be judged on."
+                )
             pixels = image.convert("RGB").tobytes()
     except (OSError, SyntaxError) as error:  # Pillow's for a damaged PNG is a SyntaxError
         raise OSError(f"{path} is damaged, or no picture: {error}") from error

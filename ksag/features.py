@@ -5,6 +5,7 @@ download, and it knows emoji of 64 × 64 and nothing else. Inception and DINOv2 
 `ksag[evaluate]`, and which downloads their weights or takes those that the user has.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -208,4 +209,5 @@ def load(name: str, device: str | torch.device = "cpu", weights: str | os.PathLi
         )
     except OSError as error:
         raise OSError(f"The weights of {name} could not be loaded or downloaded: {error}") from error
-    return Extractor(EXTRACTORS[name], Fidelity(network).eval().requires_grad_(False).to(device))
+    own = "" if path is None else f" ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]})"  # no other weights' cache
+    return Extractor(EXTRACTORS[name] + own, Fidelity(network).eval().requires_grad_(False).to(device))

@@ -48,6 +48,6 @@ def _keywords(inner_model: nn.Module, name: str, method: str) -> list[str]:
     """What that method of the module takes besides the latent and the noise level."""
     for module in inner_model.modules():
         if any(base.__name__ == name for base in type(module).__mro__) and hasattr(module, method):
-            _, _, *others = inspect.signature(getattr(module, method)).parameters.values()
+            others = list(inspect.signature(getattr(module, method)).parameters.values())[2:]
             return [p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return []

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def described(value: Any) -> str:
@@ -52,6 +52,8 @@ def finite(name: str, value: Any) -> float:
 
 
 def sag_scale(value: Any) -> float | Tensor:
+    if isinstance(value, nn.Parameter):
+        raise ValueError("sag_scale must be a number, or a tensor (b,), got an nn.Parameter: give its .detach().")
     if isinstance(value, Tensor) and value.ndim == 1 and value.is_floating_point():
         return value
     return finite("sag_scale", value)

@@ -1,3 +1,8 @@
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes that tests start: more threads than cores slow PyTorch tenfold
+
 import k_diffusion as K
 import pytest
 import torch

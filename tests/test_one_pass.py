@@ -359,6 +359,19 @@ def test_each_sample_enters_the_range_by_itself(model):
         assert relative(guided(x, sigmas, **args), oracle(x, sigmas, **args)) < 1e-6
 
 
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_a_sample_that_left_the_range_is_plain_while_another_is_inside(model, form):
+    x, sigma, cond, uncond = inputs(2, SIZE)
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    guided = wrap(model, **form, sigma_range=(1.0, 12.0))
+    for sigmas in [1.3, 5.0], [1.2, 4.0], [0.9, 3.0], [0.8, 2.0]:
+        sigma = torch.tensor(sigmas)
+        result = guided(x, sigma, **args)
+        if sigmas[0] < 1:
+            plain = wrap(model)(x, sigma, **args, sag_scale=0.0)
+            assert relative(result[0], plain[0]) < 1e-6 and relative(result[1], plain[1]) > 1e-4
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_threads_have_runs_of_their_own(model, form):
     guided = wrap(model, **form)

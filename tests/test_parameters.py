@@ -38,7 +38,8 @@ END = "sigma_range must be a number, got "
 MALFORMED = {
     "sag_scale": [
         *[case for case in NOT_NUMBERS if not isinstance(case[0], torch.Tensor) or case[0].ndim != 1], NONE,
-        (torch.tensor([1, 2]), NUMBER + r"a tensor of shape \(2,\)"), (torch.ones(2, 1), NUMBER + r"a tensor of shape \(2, 1\)"),
+        (torch.tensor([1, 2]), NUMBER + r"a tensor of shape \(2,\)"), (nn.Parameter(torch.ones(2)), "got an nn.Parameter"),
+        (torch.ones(2, 1), NUMBER + r"a tensor of shape \(2, 1\)"),
     ],
     "blur_sigma": [*NOT_NUMBERS, NONE, (-1.0, "0 .no blur. or more, got -1.0"), (-1e-300, "0 .no blur. or more")],
     "mask_threshold": [*NOT_NUMBERS, NONE],

@@ -67,12 +67,17 @@ def evaluate(
         reference = judging.STATISTICS
     for folder in folders:
         judging.pictures_in(folder)  # an error now, not after the first folders
+    for path in (json_path, save_statistics):
+        if path is not None and not path.parent.is_dir():
+            raise click.UsageError(f"{path} cannot be written: there is no folder {path.parent}.")
     extractor = extractors.load(name, device, weights)
     kept = None if no_cache else cache
     if reference.is_dir():
         known = judging.statistics(features_of(reference, extractor, device, batch_size, kept), extractor.name)
     else:
         known = judging.load_statistics(reference).to(device)
+        if known.extractor != extractor.name:
+            raise ValueError(f"{reference} holds features of {known.extractor}, and these are {extractor.name}: give --features.")
     if save_statistics is not None:
         known.save(save_statistics)
     results = []
