@@ -207,14 +207,16 @@ class SAGDenoiser(nn.Module):
                 return cfg
 
             # 3. to 6. Where the model looks, that taken away, and what the model makes of it under the same noise
-            seen = self._copies(sigma, saliency, u) if asks else []
-            if asks and self.one_pass:
-                d, r = u - delta.to(u.dtype), predictions[-1]
-            elif asks:
-                _, d, r = self_attention_guidance(u, x, saliency, lambda x: self._ask([(x, base)], sigma, kwargs)[0][0], **blur)
-            direction = only(acts, d - r if asks else self._direction.last(sigma, u))
             if asks:
+                seen = self._copies(sigma, saliency, u)
+                if self.one_pass:
+                    d, r = u - delta.to(u.dtype), predictions[-1]
+                else:
+                    _, d, r = self_attention_guidance(u, x, saliency, lambda x: self._ask([(x, base)], sigma, kwargs)[0][0], **blur)
                 self._keep_step(seen, d, r, mask_threshold)
+                direction = only(acts, d - r)
+            else:
+                direction = only(acts, self._direction.last(sigma, u))
 
             # What the next call takes over
             if looks and self.one_pass:
@@ -299,7 +301,7 @@ class SAGDenoiser(nn.Module):
             steps[0].mask
 
         A call that is not guided (`sag_scale` 0, outside `sigma_range`), or that goes on with a kept direction (`every`), leaves no
-        step.
+        step. In one pass, a step's saliency and mask are this call's, and what is degraded is what the call before looked at.
         """
         before, steps = self._traces.get(), Trace()
         self._traces.set((*before, steps))

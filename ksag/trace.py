@@ -19,7 +19,7 @@ class TraceStep(NamedTuple):
     uncond: Tensor
     """(b, c, h, w) the unconditional prediction u (the only one, where there is no uncond)."""
     degraded: Tensor
-    """(b, c, h, w) d: u, blurred under the mask."""
+    """(b, c, h, w) d: u, blurred under the mask; in one pass, u without what the call before took away."""
     reevaluated: Tensor
     """(b, c, h, w) r: what the model makes of the degraded latent. SAG adds (d − r) · sag_scale to the guided prediction."""
 

@@ -1,5 +1,6 @@
 import math
 import threading
+import warnings
 
 import k_diffusion as K
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 import ksag
 from tests import reference
-from tests.models import compvis_unet, conditional, hooks, inputs, make_denoiser, seeded
+from tests.models import LatentDiffusion, compvis_unet, conditional, hooks, inputs, make_denoiser, seeded
 
 
 def wrap(denoiser, *args, **kwargs):
@@ -485,3 +486,31 @@ def test_a_trace_keeps_its_own_threads_steps(denoiser):
         other.join()
         guided(x, sigma)
     assert len(outer) == len(inner) == 1
+
+
+# What a k-diffusion denoiser has, and what is warned of once
+
+
+def test_what_users_ask_of_a_denoiser_is_the_inner_models():
+    denoiser = K.external.CompVisDenoiser(LatentDiffusion(), quantize=True)
+    guided = ksag.SAGDenoiser(denoiser)
+    assert guided.sigmas is denoiser.sigmas and guided.sigma_min == denoiser.sigma_min and guided.sigma_max == denoiser.sigma_max
+    assert torch.equal(guided.get_sigmas(5), denoiser.get_sigmas(5))
+    sigma = torch.tensor([2.0])
+    assert torch.equal(guided.t_to_sigma(guided.sigma_to_t(sigma)), denoiser.t_to_sigma(denoiser.sigma_to_t(sigma)))
+    assert wrap(make_denoiser()).sigma_data == 0.5 and not hasattr(wrap(Count(make_denoiser())), "sigma_data")
+
+
+def test_a_model_in_train_mode_and_a_latent_too_small_are_warned_of_once_where_the_wrapper_is_called(denoiser):
+    x, sigma, *_ = inputs()
+    guided = wrap(denoiser)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        guided(x, sigma)
+        assert not seen
+        denoiser.train()
+        for latent in (x, x[:, :, :4], x, x[:, :, :4]):
+            guided(latent, sigma)
+    assert [str(w.message)[:34] for w in seen] == ["inner_model is in train mode, so t", "A latent of 4 × 24 is left without"]
+    assert {w.filename for w in seen} == {__file__}
+    assert "blur_kernel_size of at most 7" in str(seen[1].message)

@@ -36,23 +36,25 @@ def site(tmp_path_factory):
 # The site
 
 
-class Loaded(HTMLParser):
-    """The addresses that a page loads by itself."""
+class Parsed(HTMLParser):
+    """What a page loads by itself, and what its pictures show to those who do not see them."""
 
     def __init__(self, html):
         super().__init__()
-        self.addresses = []
+        self.addresses, self.alternative_texts = [], []
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.addresses.append(attrs.get("href") if tag == "link" else attrs.get("src"))
+        if tag == "img":
+            self.alternative_texts.append(attrs.get("alt"))
 
 
 def test_the_site_loads_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         text = page.read_text()
-        addresses = [address for address in Loaded(text).addresses if address is not None]
+        addresses = [address for address in Parsed(text).addresses if address is not None]
         addresses += re.findall(r"""import\b[^;\n]*["'](https?:[^"']+)""", text)
         assert addresses
         for address in addresses:
@@ -72,25 +74,12 @@ def test_formulas_are_mathml(site, page):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_shows_its_stored_pictures(site, path):
     stored = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", ())]
-    shown = [a for a in Loaded((site / f"notebooks/{path.stem}.html").read_text()).addresses if f"{path.stem}_files/" in (a or "")]
+    shown = [a for a in Parsed((site / f"notebooks/{path.stem}.html").read_text()).addresses if f"{path.stem}_files/" in (a or "")]
     assert len(shown) == sum("image/png" in output.get("data", {}) for output in stored) > 0
 
 
-class Pictures(HTMLParser):
-    """What a page's pictures show, to those who do not see them."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.texts = []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "img":
-            self.texts.append(dict(attrs).get("alt"))
-
-
 def test_every_picture_has_an_alternative_text(site):
-    texts = [text for page in site.rglob("*.html") for text in Pictures(page.read_text()).texts]
+    texts = [text for page in site.rglob("*.html") for text in Parsed(page.read_text()).alternative_texts]
     assert len(texts) > 10 and all(text and len(text) > 20 for text in texts), texts
 
 

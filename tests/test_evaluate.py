@@ -245,3 +245,35 @@ def test_the_table_has_a_row_for_each_folder():
 def test_other_features_need_a_reference(tmp_path, judged):
     result = judged(make_folder(tmp_path / "a", 4), "--features", "inception")
     assert result.exit_code == 2 and "--reference is missing" in result.output
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (255, 0, 0, 0)), ("LA", (9, 9)), ("I;16", 30000), ("F", 0.5)])
+def test_pictures_that_are_not_8_bit_rgb_are_refused(tmp_path, extractor, mode, colour):
+    name = "odd.tiff" if mode == "F" else "odd.png"
+    Image.new(mode, (8, 8), colour).save(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} is transparent, or has more than 8 bits .* save it as 8-bit RGB"):
+        evaluate.load_picture(tmp_path / name)
+
+
+def test_features_of_other_weights_have_another_name(tmp_path, monkeypatch):
+    """So that no cache or statistics mix them. The network is a stand-in, since Inception's weights are not here."""
+    monkeypatch.setattr("torch_fidelity.utils.create_feature_extractor", lambda *_, **__: nn.Identity())
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    names = {features.load("inception", "cpu", weights).name for weights in (None, tmp_path / "a", tmp_path / "b")}
+    assert len(names) == 3 and all("inception-v3-compat" in name for name in names)
+
+
+def test_statistics_of_other_features_are_refused_before_anything_is_computed(tmp_path, judged, two_sets):
+    evaluate.statistics(two_sets[0], "others").save(tmp_path / "others.safetensors")
+    folder, calls = make_folder(tmp_path / "a", 4), features.load("means").network.calls
+    result = judged(folder, "--reference", tmp_path / "others.safetensors", "--no-cache", "--device", "cpu")
+    assert isinstance(result.exception, ValueError) and "holds features of others, and these are means" in str(result.exception)
+    assert features.load("means").network.calls == calls
+
+
+@pytest.mark.parametrize("option", ["--json", "--save-statistics"])
+def test_a_result_that_could_not_be_written_is_an_error_before_anything_is_computed(tmp_path, judged, option):
+    result = judged(make_folder(tmp_path / "a", 4), "--reference", tmp_path / "a", option, tmp_path / "no" / "where")
+    assert result.exit_code == 2 and "there is no folder" in result.output
+    assert features.load("means").network.calls == 0

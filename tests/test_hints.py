@@ -66,3 +66,22 @@ def test_an_error_inside_the_model_is_its_own():
 
     with pytest.raises(TypeError, match=r"relu\(\) got an unexpected keyword argument 'slope'$"):
         call(Broken(), torch.zeros(2, 10))
+
+
+def test_a_layer_that_takes_one_argument():
+    class Embedding(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Embeds(nn.Module):
+        """A model that hands its conditioning to a layer that takes none."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.embedding = make_denoiser(), Embedding()
+
+        def forward(self, x, sigma, cond=None):
+            return self.inner(self.embedding(x, cond=cond), sigma)
+
+    with pytest.raises(TypeError, match=r"Embedding does not take its conditioning as 'cond'"):
+        call(Embeds(), torch.zeros(2, 10))

@@ -140,7 +140,8 @@ class Pipeline:
         covered = to_tensor(self.mask)[None] >= 0.5
         visible = (to_tensor(self.picture)[None] * 2 - 1) * ~covered
         latent = diffusers.encode(self.pipe, visible.to(self.denoiser.sigmas.device))
-        return torch.cat([self._latent_mask.round(), latent], dim=1)
+        covers = (self._latent_mask > 0).to(latent.dtype)  # also a little: what is hidden is to be painted
+        return torch.cat([covers, latent], dim=1)
 
     @functools.cached_property
     def _latent_mask(self) -> Tensor:
