@@ -11,8 +11,16 @@ COMMANDS = ("demo", "sample", "evaluate")
 """Each is a function of its name in the module of its name in `ksag.commands`."""
 
 
+def is_ours(error: BaseException) -> bool:
+    """Whether code of ksag raised it, which then says what to do."""
+    last = error.__traceback__
+    while last and last.tb_next:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals["__name__"].partition(".")[0] == "ksag"
+
+
 class Commands(click.Group):
-    """Imports a command when it is asked for; shows the library's errors about bad input as one line, without a traceback."""
+    """Imports a command when it is asked for; shows errors that say what to do as one line, without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -25,6 +33,15 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
+        except RuntimeError as error:
+            if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which the command line alone does not import
+                hint = (
+                    "A smaller --batch-size or --size takes less memory, and so do --no-batch-cond, --dtype float16, and --offload."
+                )
+                raise click.ClickException(f"{str(error).partition('. ')[0]}. {hint}") from error
+            if is_ours(error):
+                raise click.ClickException(str(error)) from error
+            raise
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

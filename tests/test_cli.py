@@ -15,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import ksag
 from ksag import picture, zoo
+from ksag.cli import main
 from ksag.commands.infotext import SAMPLER_NAMES
 from ksag.commands.options import LEFT_OUT, SAG_OPTIONS
 from ksag.parameters import PARAMETERS
@@ -360,3 +361,31 @@ def test_help_is_for_a_person():
     assert "ksag demo" in invoke("--help")
     words = invoke("sample", "--help")
     assert all(sampler in words for sampler in SAMPLERS) and "does so by seed" in words
+
+
+# Errors while the model runs
+
+
+def failing_with(error):
+    def forward(*_, **__):
+        raise error
+
+    return forward
+
+
+def test_too_little_memory_is_an_error_that_says_what_takes_less(sample, monkeypatch):
+    tried = "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 8.00 GiB."
+    monkeypatch.setattr(K.layers.Denoiser, "forward", failing_with(torch.OutOfMemoryError(tried)))
+    output = sample("--out", "never.png", code=1)
+    assert "CUDA out of memory" in output and "--batch-size" in output and "--offload" in output
+
+
+def test_what_ksag_finds_wrong_while_the_model_runs_is_one_line(sample, monkeypatch):
+    monkeypatch.setattr(ksag.recording.Recording, "missing", 1)
+    assert "ran for" in sample("--out", "never.png", code=1)
+
+
+def test_another_error_while_the_model_runs_keeps_its_traceback(weights, monkeypatch):
+    monkeypatch.setattr(K.layers.Denoiser, "forward", failing_with(RuntimeError("a bug of the model")))
+    with pytest.raises(RuntimeError, match="a bug of the model"):
+        main(["sample", "--weights", str(weights), "--device", "cpu", "--steps", "2"], standalone_mode=False)

@@ -1,11 +1,14 @@
-"""Which of the seeds are this process's, under `accelerate launch` or torchrun."""
+"""Which part of the work is this process's, under `accelerate launch` or torchrun."""
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+Part = TypeVar("Part")
 
 
 class Process(NamedTuple):
@@ -19,13 +22,13 @@ class Process(NamedTuple):
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, seeds: range) -> range:
+    def share(self, parts: Iterable[Part]) -> Iterator[Part]:
         """Every process gets as many, to one; they need not talk to each other.
 
-        >>> [list(Process(i, 2, torch.device("cpu")).share(range(5, 10))) for i in range(2)]
-        [[5, 7, 9], [6, 8]]
+        >>> [list(Process(i, 2, torch.device("cpu")).share("abcde")) for i in range(2)]
+        [['a', 'c', 'e'], ['b', 'd']]
         """
-        return seeds[self.rank :: self.world]
+        return itertools.islice(parts, self.rank, None, self.world)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The command `ksag sample`: any kind of model → PNGs by seed."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,18 +30,25 @@ Describe = Callable[[int], str]
 
 
 def into_folder(folder: Folder, seeds: range, size: int, process: Process, make: Make, describe: Describe, bar: tqdm) -> None:
-    """Makes this process's share of what is missing; the main one then waits for the others', under one bar for all."""
+    """Makes this process's share of the batches in which a picture is missing; the main one then waits for the others', under one
+    bar for all.
+
+    A batch is made whole, and the same ones by any number of processes, because a GPU rounds by a sample's place in its batch.
+    """
 
     def show() -> None:
         bar.n = len(seeds) - len(folder.missing(seeds))
         bar.refresh()
 
     show()
+    size = min(size, math.ceil(len(seeds) / process.world))  # none is idle
     try:
-        for batch, filled in batches(folder.missing(process.share(seeds)), size):
-            for seed, image in zip(batch, make(filled), strict=False):
-                folder.save(seed, image, describe(seed))
-            show()
+        for batch, filled in process.share(batches(seeds, size)):
+            if missing := folder.missing(batch):
+                images = dict(zip(batch, make(filled), strict=False))
+                for seed in missing:
+                    folder.save(seed, images[seed], describe(seed))
+                show()
         while process.is_main and folder.missing(seeds):
             time.sleep(0.5)
             show()
