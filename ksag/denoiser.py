@@ -18,7 +18,7 @@ from ksag.graphs import CUDAGraphs
 from ksag.parameters import PARAMETERS, finite, flag
 from ksag.passes import Passes
 from ksag.runs import Calls, Run, ended_by_errors
-from ksag.sag import self_attention_guidance, take_away
+from ksag.sag import overlap, self_attention_guidance, take_away
 from ksag.tap import AttentionTap
 from ksag.threads import PerThread
 from ksag.trace import Trace, TraceStep
@@ -68,8 +68,8 @@ class SAGDenoiser(nn.Module):
             result is plain classifier-free guidance. Reads sigma from the device once a call if set.
         one_pass: blur away at each call what the model attended to at the call before, so that one pass of the model serves all:
             SAG for little more than the price of plain guidance. A run's first call is not guided.
-        every: compute SAG's direction at one of so many calls of a run, and keep it in between. Reads sigma from the device once a
-            call if more than 1.
+        every: compute SAG's direction at one of so many calls of a run, and keep it in between, as a difference of noise
+            predictions. Reads sigma from the device once a call if more than 1.
         cfg_rule: what becomes of the predictions for uncond and cond: a function of (u, g, cond_scale, x, sigma), such as those
             in `ksag.cfg`. SAG's direction is added to what it returns.
         cond_key: the keyword under which `inner_model` takes its conditioning; None if cond is a dict of keywords.
@@ -216,12 +216,14 @@ class SAGDenoiser(nn.Module):
                 self._keep_step(seen, d, r, mask_threshold)
                 direction = only(acts, d - r)
             else:
-                direction = only(acts, self._direction.last(sigma, u))
+                direction = only(acts, self._direction.last(sigma, u, with_sigma=True))
 
-            # What the next call takes over
+            # In one pass, what is taken away now: it tells how far the last call's still goes, and serves the next call
             if looks and self.one_pass:
-                _, d = take_away(u, saliency, **blur)
-                self._delta.keep(sigma, only(acts, u - d).to(x.dtype))
+                now = u - take_away(u, saliency, **blur)[1]
+                if asks:
+                    direction = direction * overlap(delta, now).to(direction.dtype)
+                self._delta.keep(sigma, only(acts, now).to(x.dtype))
             if self.every > 1:
                 self._direction.keep(sigma, direction)
 
@@ -235,7 +237,7 @@ class SAGDenoiser(nn.Module):
             return False, False
         n = self._calls.number(sigma, x) if self.every > 1 else 0
         asks = (n - self.one_pass) % self.every == 0  # in one pass, the call after one that looks
-        return n % self.every == 0 or (asks and bool(self._traces.get())), asks
+        return n % self.every == 0 or asks, asks
 
     def _ask(self, parts: list, sigma: Tensor, kwargs: dict[str, Any], record: bool = False) -> tuple[list[Tensor], Any]:
         """The prediction for each part, and the saliency of the first if it was recorded."""
@@ -301,7 +303,8 @@ class SAGDenoiser(nn.Module):
             steps[0].mask
 
         A call that is not guided (`sag_scale` 0, outside `sigma_range`), or that goes on with a kept direction (`every`), leaves no
-        step. In one pass, a step's saliency and mask are this call's, and what is degraded is what the call before looked at.
+        step. In one pass, a step's saliency and mask are this call's, what is degraded is what the call before looked at, and the
+        direction counts as much as the two have in common.
         """
         before, steps = self._traces.get(), Trace()
         self._traces.set((*before, steps))

@@ -35,13 +35,20 @@ class Run:
     def __init__(self) -> None:
         self._kept: PerThread[Kept | None] = PerThread(None)
 
-    def last(self, sigma: Tensor, like: Tensor) -> Tensor:
-        """What the last call of the run kept, shaped as `like`; zeros for each sample that begins a run at `sigma`, (b,)."""
+    def last(self, sigma: Tensor, like: Tensor, with_sigma: bool = False) -> Tensor:
+        """What the last call of the run kept, shaped as `like`; zeros for each sample that begins a run at `sigma`, (b,).
+
+        `with_sigma` scales it by this sigma over that of the last call: a difference of denoised latents then stays the same
+        difference of noise predictions.
+        """
         kept = self._kept.get()
         if kept is None or (kept.value.shape, kept.value.dtype, kept.value.device) != (like.shape, like.dtype, like.device):
             return torch.zeros_like(like)
-        begins = sigma > RISE * kept.sigma
-        return torch.where(begins[:, None, None, None], torch.zeros_like(like), kept.value)
+        begins, value = sigma > RISE * kept.sigma, kept.value
+        if with_sigma:
+            ratio = sigma / kept.sigma.clamp(min=torch.finfo(sigma.dtype).tiny)  # sigma may be 0
+            value = value * ratio[:, None, None, None].to(value.dtype)
+        return torch.where(begins[:, None, None, None], torch.zeros_like(like), value)
 
     def keep(self, sigma: Tensor, value: Tensor) -> None:
         """Leaves `value`, (b, c, h, w), of a call at `sigma`, (b,), for the next call."""

@@ -6,6 +6,7 @@ Hong et al., "Improving Sample Quality of Diffusion Models Using Self-Attention 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ksag.degrade import attention_mask, degrade
@@ -17,6 +18,22 @@ def take_away(
     """Steps 4 and 5, with the arguments of `self_attention_guidance`: the mask (b, 1, h, w), and d: u, blurred under it."""
     mask = attention_mask(saliency, mask_threshold, (u.shape[2], u.shape[3]))
     return mask, degrade(u, mask, blur_sigma, blur_kernel_size)
+
+
+def overlap(before: Tensor, now: Tensor) -> Tensor:
+    """How much of what was taken away before is so now: ⟨δ′, δ⟩ / ⟨δ′, δ′⟩ between 0 and 1, (b, 1, 1, 1); 0 where δ′ is 0.
+
+    Args:
+        before: δ′, what an earlier call took away from its prediction, (b, c, h, w).
+        now: δ, what this call takes away, (b, c, h, w).
+
+    >>> overlap(torch.tensor([[[[2.0, 2.0]]], [[[0.0, 0.0]]]]), torch.tensor([[[[0.0, 2.0]]], [[[1.0, 1.0]]]])).flatten()
+    tensor([0.5000, 0.0000])
+    """
+    dtype = torch.promote_types(now.dtype, torch.float32)  # half precision cannot hold such sums
+    before, now = before.to(dtype), now.to(dtype)
+    common, whole = ((before * other).sum(dim=(1, 2, 3), keepdim=True) for other in (now, before))
+    return (common / whole.clamp(min=torch.finfo(dtype).tiny)).clamp(0, 1)
 
 
 class Guidance(NamedTuple):

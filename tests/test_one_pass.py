@@ -53,7 +53,7 @@ class Unseen(nn.Module):
 
 
 class Reference(nn.Module):
-    """The design's formulas for one pass and for every n-th call, each sample with a run of its own."""
+    """The formulas for one pass, and for a difference of noise predictions kept from call to call, for each sample."""
 
     def __init__(self, model, sag_scale=0.8, one_pass=False, every=1, sigma_range=(0.0, float("inf")), rule=None):
         super().__init__()
@@ -78,16 +78,18 @@ class Reference(nn.Module):
             return guided
         run = self.runs.get(i)
         if run is None or sigma > 1.5 * run["sigma"]:
-            run = {"n": 0, "delta": torch.zeros_like(u), "direction": torch.zeros_like(u)}
+            run = {"n": 0, "delta": torch.zeros_like(u), "epsilon": torch.zeros_like(u)}
         mask = reference.upsampled((reference.saliency_of(attention, GRID) > 1).double(), SIZE)
         d = mask * reference.blurred(u, 2.0, 9) + (1 - mask) * u
-        direction = run["direction"]
+        epsilon = run["epsilon"]
         if self.one_pass and run["n"] % self.every == 1 % self.every:
-            direction = u - run["delta"] - D(x.double() - run["delta"], base)
+            before, now = run["delta"].flatten(), (u - d).flatten()
+            common = (before @ now / (before @ before)).clamp(0, 1) if before.any() else 0.0
+            epsilon = common * (u - run["delta"] - D(x.double() - run["delta"], base)) / sigma
         elif not self.one_pass and run["n"] % self.every == 0:
-            direction = d - D(d + (x.double() - u), base)
-        self.runs[i] = {"n": run["n"] + 1, "sigma": sigma, "delta": u - d, "direction": direction}
-        return guided + self.sag_scale * direction
+            epsilon = (d - D(d + (x.double() - u), base)) / sigma
+        self.runs[i] = {"n": run["n"] + 1, "sigma": sigma, "delta": u - d, "epsilon": epsilon}
+        return guided + self.sag_scale * epsilon * sigma
 
 
 @pytest.fixture
