@@ -8,9 +8,9 @@ measured, and a row that is there is not measured again, so that either command 
 each process its share of the rows: `torchrun --standalone --nproc-per-node 4 benchmarks/quality.py report`.
 
 A set of seeds is batches of noise that is drawn on the device, from one generator a batch (the Brownian tree of an SDE sampler has
-one seed a batch too), so that plain and SAG start from, and add, the same noise. On a GPU the network runs under autocast in
-float16, its residual blocks compiled, its attention not; all else is float32. Samples are rounded to 8 bits, as a file would hold
-them. Seconds are of a whole batch on one GPU, where only the number of evaluations counts, and no kernel's launch.
+one seed a batch too), so that plain and SAG start from, and add, the same noise. On a GPU the network runs compiled and under
+autocast in float16; all else is float32. Samples are rounded to 8 bits, as a file would hold them. Seconds are of a whole batch on
+one GPU, where only the number of evaluations counts, and no kernel's launch.
 """
 
 import contextlib
@@ -49,6 +49,9 @@ STEPS = {
 TWO_CALLS = {"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"}
 SCHEDULE = {"sigma_min": 0.04, "sigma_max": 80.0, "rho": 7.0}
 ALONG_STEPS = (8, 16, 32, 64)
+JUDGED = (("euler", 24), ("dpmpp_2m", 24), ("dpmpp_2m", 12), ("dpmpp_2m_sde", 32))
+"""What the last choice has to serve: the two usual ones, few steps, and noise added at every step."""
+ASSIGNED = ("sag_scale", "blur_sigma", "mask_threshold", "sigma_range", "one_pass", "every")
 
 
 def frozen(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -117,13 +120,18 @@ def append_result(path: Path, result: dict[str, Any]) -> None:
 # --- Sampling ---
 
 
-def compile_blocks(denoiser: nn.Module) -> None:
-    """Compiles the residual blocks, for any number of samples, and leaves the attention alone: so one model serves all layers."""
+def compile_blocks(unet: nn.Module) -> None:
+    """Compiles the residual blocks, for any number of samples, and leaves the attention alone: so one graph serves all layers."""
     torch._dynamo.config.cache_size_limit = 256  # one code object serves all blocks
     torch._dynamo.config.automatic_dynamic_shapes = False  # or blocks of other sizes than the first get slow kernels for any size
-    for module in denoiser.modules():
+    for module in unet.modules():
         if isinstance(module, K.models.image_v1.ResConvBlock):
             module.forward = for_any_batch(torch.compile(module.forward))
+
+
+def compile_whole(unet: nn.Module) -> None:
+    """Twice as fast as its blocks alone, and slow to compile: once for each layer that is looked at, and each number of samples."""
+    unet.forward = torch.compile(unet.forward, dynamic=False)
 
 
 def for_any_batch(function: Callable) -> Callable:
@@ -193,22 +201,36 @@ class Bench:
     ends: float
     rank: int
     ranks: int
-    compiled: bool
+    compiled: Callable[[nn.Module], None] | None
     halves: bool = False
 
-    @cached_property
-    def denoiser(self) -> Any:
-        denoiser = zoo.load(self.weights, self.device)
-        if self.compiled:
-            compile_blocks(denoiser)
-        forward = denoiser.inner_model.forward
+    def __post_init__(self) -> None:
+        self.wrappers: dict[str, tuple[ksag.SAGDenoiser, nn.Module]] = {}
 
-        def in_half(*args: Any, **kwargs: Any) -> Tensor:
+    def guided(self, row: Row) -> tuple[ksag.SAGDenoiser, nn.Module]:
+        """A model wrapped at the row's layer, and compiled after that, with the row's settings; and its UNet."""
+        settings = row.settings or {"sag_scale": 0.0}
+        layer = settings.get("attention", zoo.SETTINGS["attention"])
+        if layer not in self.wrappers:
+            denoiser = zoo.load(self.weights, self.device)
+            guided = ksag.SAGDenoiser(denoiser, attention=layer, cond_key="mapping_cond")
+            if self.compiled is not None:
+                self.compiled(denoiser.inner_model)
+            self.in_half(denoiser.inner_model)
+            self.wrappers[layer] = guided, denoiser.inner_model
+        guided, unet = self.wrappers[layer]
+        for name in ASSIGNED:
+            setattr(guided, name, settings.get(name, inspect.signature(ksag.SAGDenoiser).parameters[name].default))
+        return guided, unet
+
+    def in_half(self, unet: nn.Module) -> None:
+        forward = unet.forward
+
+        def autocast(*args: Any, **kwargs: Any) -> Tensor:
             with torch.autocast(self.device.type, torch.float16, enabled=self.halves):
                 return forward(*args, **kwargs)
 
-        denoiser.inner_model.forward = in_half
-        return denoiser
+        unet.forward = autocast
 
     def log(self, text: str) -> None:
         tqdm.write(f"[{self.rank}] {self.ends - time.time():.0f} s left: {text}")
@@ -227,14 +249,13 @@ class Bench:
             nonlocal evaluations
             evaluations += len(args[0])
 
-        sag = row.settings or {"sag_scale": 0.0}
+        guided, unet = self.guided(row)
         self.halves = self.device.type == "cuda" and row.dtype == "float16"
-        counter = self.denoiser.inner_model.register_forward_pre_hook(count)
         samples, seconds = [], []
+        counter = unet.register_forward_pre_hook(count)
         with contextlib.ExitStack() as stack:
             stack.callback(counter.remove)
             stack.enter_context(torch.no_grad())
-            guided = stack.enter_context(ksag.SAGDenoiser(self.denoiser, cond_key="mapping_cond", **sag))
             for batch, start in enumerate(range(0, row.n, self.batch)):
                 n = min(self.batch, row.n - start)
                 extra_args = conditioning(row, batch, n, self.shares, self.device)
@@ -316,10 +337,6 @@ def describe(row: Row) -> str:
 # --- The choice ---
 
 
-def attention_layers(denoiser: nn.Module) -> list[str]:
-    return [layer.path for layer in ksag.list_attention(denoiser)]
-
-
 def best(bench: Bench, results: dict[str, dict[str, Any]], groups: dict[Any, list[Row]]) -> list[tuple[float, Any]]:
     """The groups, sorted by the mean over their rows of the Fréchet distance over plain's."""
     plain = bench.results()
@@ -331,18 +348,18 @@ def best(bench: Bench, results: dict[str, dict[str, Any]], groups: dict[Any, lis
 
 
 def choose(bench: Bench, n: int) -> None:
-    both = ("euler", "dpmpp_2m")
     base: dict[str, Any] = {"n": n, "seeds": CHOICE_SEEDS}
 
-    # Plain sampling at its best: one parameter of the schedule after the other, at both samplers
+    # Plain sampling at its best: one parameter of the schedule after the other
     schedule = dict(SCHEDULE)
     for name, values in (
-        ("sigma_min", (0.002, 0.01, 0.02, 0.04, 0.08)),
-        ("sigma_max", (20.0, 40.0, 80.0)),
+        ("sigma_min", (0.002, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)),
+        ("sigma_max", (40.0, 80.0, 160.0)),
         ("rho", (4.0, 5.5, 7.0, 9.0)),
     ):
         options = {
-            value: [Row(sampler, schedule=frozen({**schedule, name: value}), **base) for sampler in both] for value in values
+            value: [Row(sampler, steps, schedule=frozen({**schedule, name: value}), **base) for sampler, steps in JUDGED[:2]]
+            for value in values
         }
         results = bench.run([row for rows in options.values() for row in rows])
         scores = {v: statistics.geometric_mean([bench.fd(results[row.key]) for row in rows]) for v, rows in options.items()}
@@ -360,25 +377,25 @@ def choose(bench: Bench, n: int) -> None:
         bench.log(f"{said}, best first: " + "; ".join(f"{score:.3f} {name}" for score, name in scores[:12]))
         return [name for _, name in scores]
 
-    def rows_of(settings: dict[str, Any], samplers: Sequence[str] = both) -> list[Row]:
-        return [Row(sampler, sag=frozen(settings), **base) for sampler in samplers]
+    def rows_of(settings: dict[str, Any], judged: Sequence[tuple[str, int]] = JUDGED[:2]) -> list[Row]:
+        return [Row(sampler, steps, frozen(settings), **base) for sampler, steps in judged]
 
     # Which layer
-    bench.run([Row(sampler, **base) for sampler in both])
-    layers = attention_layers(bench.denoiser)
-    grid = {(layer, scale): rows_of({"attention": layer, "sag_scale": scale, "blur_sigma": 2.0}, ["euler"])
-            for scale in (1.0, 2.0, 0.5) for layer in layers}  # fmt: skip
+    bench.run([Row(sampler, steps, **base) for sampler, steps in JUDGED])
+    layers = [layer.path for layer in ksag.list_attention(zoo.load(bench.weights))]
+    grid = {(layer, scale): rows_of({"attention": layer, "sag_scale": scale, "blur_sigma": 2.0})
+            for scale in (1.0, 2.0) for layer in layers}  # fmt: skip
     nearest = list(dict.fromkeys(layer for layer, _ in rank(grid, "layers")))[:3]
 
     # How strong, and how blurred
-    strengths, blurs = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0), (1.0, 1.5, 2.0, 3.0)
-    fine = {(layer, scale, blur): rows_of({"attention": layer, "sag_scale": scale, "blur_sigma": blur}, ["euler"])
+    strengths, blurs = (1.0, 2.0, 3.0), (1.0, 1.5, 2.0, 3.0)
+    fine = {(layer, scale, blur): rows_of({"attention": layer, "sag_scale": scale, "blur_sigma": blur})
             for scale, blur, layer in itertools.product(strengths, blurs, nearest)}  # fmt: skip
     leading = [dict(zip(("attention", "sag_scale", "blur_sigma"), found, strict=True)) for found in rank(fine, "strength and blur")]
     settings = leading[0]
     save_choice(bench, settings=settings)
 
-    # Where it looks, and at which noise levels, at both samplers
+    # Where it looks, and at which noise levels
     wider = {str(s): s for s in (
         settings,
         *({**settings, "mask_threshold": threshold} for threshold in (0.0, 0.7, 0.85, 1.15, 1.3, 1.6)),
@@ -390,23 +407,25 @@ def choose(bench: Bench, n: int) -> None:
     settings = found[0]
     save_choice(bench, settings=settings)
 
-    # Once more around the best: strengths, and the best threshold together with the best range
-    threshold = next((s["mask_threshold"] for s in found if "mask_threshold" in s), 1.0)
-    span = next((s["sigma_range"] for s in found if "sigma_range" in s), (0.0, math.inf))
-    around = [{**settings, "sag_scale": round(settings["sag_scale"] * factor, 3)} for factor in (0.7, 0.85, 1.2, 1.4, 1.7)]
-    joined = [{**settings, "mask_threshold": threshold, "sigma_range": span, "sag_scale": settings["sag_scale"] * factor}
-              for factor in (1.0, 1.3, 1.6)]  # fmt: skip
-    last = {str(s): s for s in (settings, *around, *joined, *({**s, "sigma_range": span} for s in leading[1:3]))}
-    settings = last[rank({name: rows_of(s) for name, s in last.items()}, "once more")[0]]
-    save_choice(bench, settings=settings)
+    # Strength again, and without the last steps, for all that it has to serve
+    high = next((s["sigma_range"][1] for s in found if "sigma_range" in s), math.inf)
+    scales = [round(settings["sag_scale"] * factor, 3) for factor in (0.35, 0.5, 0.7, 1.0)]
+    last = {str(s): s for s in (
+        {**settings, "sag_scale": scale, "sigma_range": (low, high)} for scale in scales for low in (0.0, 0.3)
+    )}  # fmt: skip
+    results = bench.run([row for s in last.values() for row in rows_of(s, JUDGED)])
+    scored = best(bench, results, {name: rows_of(s, JUDGED) for name, s in last.items()})
+    bench.log("once more, best first: " + "; ".join(f"{score:.3f} {name}" for score, name in scored))
+    settings = min((last[name] for score, name in scored if score < 1.02 * scored[0][0]), key=lambda s: s["sag_scale"])
+    save_choice(bench, settings=settings)  # the weakest that is as good, within the noise: too much shows before distances tell
 
-    # Beside classifier-free guidance, and by category: how strong then
-    for cond_scale in (1.0, 1.5, 3.0):
+    # Beside classifier-free guidance: how strong then
+    for cond_scale in (1.5, 3.0):
         beside = {
             scale: [dataclasses.replace(row, cond_scale=cond_scale) for row in rows_of({**settings, "sag_scale": scale})]
-            for scale in (round(settings["sag_scale"] * factor, 3) for factor in (0.125, 0.25, 0.5, 1.0))
+            for scale in (round(settings["sag_scale"] * factor, 3) for factor in (0.25, 0.5, 1.0))
         }
-        bench.run([rows[i].plain for rows in beside.values() for i in range(len(rows))])
+        bench.run([row.plain for row in next(iter(beside.values()))])
         taken = rank(beside, f"by category, cond_scale {cond_scale}")
         save_choice(bench, **{f"sag_scale beside cond_scale {cond_scale}": taken[0]})
 
@@ -450,15 +469,17 @@ def report_rows(choice: dict[str, Any]) -> list[Row]:
             by_category += [Row(s, STEPS[s], sag, scale, first, schedule=schedule) for s in main]
     samplers = [row for sampler in SAMPLERS for row in pair(sampler, STEPS[sampler])]
     along = [row for steps in ALONG_STEPS for sampler in main for row in pair(sampler, steps)]
-    single = ("dpmpp_2m", "euler", "euler_ancestral", "dpmpp_2m_sde", "heun")
-    forms = [row for sampler in single for row in cheaper(sampler, STEPS[sampler])]
-    further = [row for steps in (12, 48) for row in (*pair("dpmpp_2m", steps), *cheaper("dpmpp_2m", steps))]
-    further += cheaper("dpmpp_2m", STEPS["dpmpp_2m"], cond_scale=1.0)
+    forms = [row for sampler in ("dpmpp_2m", "euler") for row in cheaper(sampler, STEPS[sampler])]
+    few, many = ([*pair("dpmpp_2m", steps), *cheaper("dpmpp_2m", steps)] for steps in (12, 48))
+    others_forms = [row for sampler in ("euler_ancestral", "dpmpp_2m_sde", "heun")
+                    for row in (*pair(sampler, STEPS[sampler]), *cheaper(sampler, STEPS[sampler]))]  # fmt: skip
+    further = [*many, *cheaper("dpmpp_2m", STEPS["dpmpp_2m"], cond_scale=1.0)]
     spread_usual = [dataclasses.replace(row, seeds=seeds) for seeds in others for row in usual]
     spread = [dataclasses.replace(row, seeds=seeds) for seeds in others for row in (*usual, *by_category)]
     spread_along = [dataclasses.replace(row, seeds=seeds) for seeds in others for row in along]
     exact = [dataclasses.replace(row, dtype="float32") for row in usual[:2]]
-    rows = [*usual, *spread_usual, *forms, *samplers, *by_category, *along, *further, *spread_along, *spread, *exact]
+    rows = [*usual, *spread_usual, *forms, *by_category, *few, *others_forms, *samplers, *along, *further,
+            *spread, *spread_along, *exact]  # fmt: skip
     return list({row.key: row for row in rows}.values())
 
 
@@ -515,7 +536,8 @@ def in_time(bench: Bench) -> Iterator[None]:
 @click.option("--batch", default=1000, show_default=True)
 @click.option("--seconds", type=float, default=math.inf, help="Stop after so many seconds.")
 @click.option("--limit", type=int, default=None, help="Only so many rows of the report, the first ones.")
-@click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="On a GPU, the model's residual blocks.")
+@click.option("--compile", "compiled", type=click.Choice(["no", "blocks", "whole"]), 
+              show_default="blocks to choose, whole to report", help="On a GPU, what of the model to compile.")  # fmt: skip
 def main(stage, out, weights, folders, n, batch, seconds, limit, compiled):
     ends = time.time() + seconds
     rank, ranks = join_processes()
@@ -531,10 +553,12 @@ def main(stage, out, weights, folders, n, batch, seconds, limit, compiled):
         rows = [dataclasses.replace(row, n=n) for row in rows]
     if stage == "estimate":
         total = sum(row.cost for row in rows)
-        click.echo(f"{len(rows)} rows, {total / 1e6:.1f} million evaluations: {total / 12e3:.0f} s at 12,000 a second")
+        click.echo(f"{len(rows)} rows, {total / 1e6:.1f} million evaluations: {total / 25e3:.0f} s at 25,000 a second")
         return
     judges, shares = load_judges(folders, device)
-    bench = Bench(out, device, weights, judges, shares, batch, ends, rank, ranks, compiled and device.type == "cuda")
+    compiled = compiled or {"choose": "blocks"}.get(stage, "whole")
+    how = None if device.type == "cpu" else {"no": None, "blocks": compile_blocks, "whole": compile_whole}[compiled]
+    bench = Bench(out, device, weights, judges, shares, batch, ends, rank, ranks, how)
     with in_time(bench):
         if stage == "choose":
             choose(bench, n or 2000)

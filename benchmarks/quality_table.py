@@ -329,7 +329,7 @@ def report(results: Results, choice: dict[str, Any]) -> str:
         "classifier, trained apart from both. Evaluations are of the network, a sample. Time is that of a batch, the median of a "
         "row's batches but for its first, which may include compiling.",
         *([group_section(results, chosen, "At the recommended settings")] if chosen in groups else []),
-        *(group_section(results, group, "At earlier settings") for group in others),
+        *(group_section(results, group, "At other settings") for group in others),
         *([choice_section(results, [row for row in tried if row.plain in results], chosen)] if tried else []),
     ]) + "\n"  # fmt: skip
 
