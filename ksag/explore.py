@@ -347,7 +347,7 @@ class explore(widgets.VBox):
         seed: int = 0,
         sampler: str = "dpmpp_2m",
         decode: Callable[[Tensor], Tensor] | None = None,
-        preview: int = 3,
+        preview: int = 2,
     ):
         choices = dict(choices or {})
         _check(shape, choices, conditioning, n, sampler, decode)

@@ -1,4 +1,4 @@
-"""The widget of notebooks/quickstart.ipynb in JupyterLab, in a real browser."""
+"""In a real browser: the widget of notebooks/quickstart.ipynb in JupyterLab, and the pages of the documentation."""
 
 import contextlib
 import json
@@ -15,6 +15,7 @@ import nbformat
 import pytest
 
 import ksag.zoo
+from tests.test_docs import build_site
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
@@ -166,14 +167,20 @@ class Widget:
         wait_for(shown, f"{setting!r} above the pictures")
 
 
-def overflowing(page) -> list[str]:
-    """The parts of the widget that hold more than they show, or that have a scrollbar; but for the menus' lists."""
-    find = """widget => [widget, ...widget.querySelectorAll('*')]
-        .filter(part => !part.closest('select, .widget-readout, .noUi-target, style, .widget-dropdown'))
+WIDGET, ITS_LISTS = ".ksag-explore", "select, .widget-readout, .noUi-target, style, .widget-dropdown"
+ARTICLE, ITS_BLOCKS = "article > *", "table, .md-typeset__scrollwrap, .md-typeset__table, pre, code, math, script, style"
+
+
+def overflowing(page, within: str = WIDGET, but: str = ITS_LISTS) -> list[str]:
+    """The parts that hold more than they show, or that have a scrollbar; but for those that may, and what is inside of them."""
+    find = """(wholes, but) => wholes.flatMap(whole => [whole, ...whole.querySelectorAll('*')])
+        .filter(part => !part.closest(but))
         .filter(part => getComputedStyle(part).display !== 'inline')
         .filter(part => part.scrollWidth > part.clientWidth + 1 || part.offsetWidth - part.clientWidth > 12)
         .map(part => `${part.className}: ${part.scrollWidth} in ${part.clientWidth}`)"""
-    return page.locator(".ksag-explore").evaluate(find)
+    wholes = page.locator(within)
+    assert wholes.count()
+    return wholes.evaluate_all(find, but)
 
 
 def test_the_widget_follows_a_slider_and_says_what_is_wrong(tmp_path):
@@ -211,3 +218,24 @@ def test_the_widget_follows_a_slider_and_says_what_is_wrong(tmp_path):
                 page.wait_for_timeout(1000)  # what the browser lays out anew
                 page.screenshot(path=tmp_path / f"{scheme}-{width}.png")
                 assert not overflowing(page), f"{scheme}, {width} pixels wide"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return build_site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index", "parameters", "diffusers"])
+def test_a_page_on_a_phone_does_not_scroll_sideways(site, tmp_path, name, scheme):
+    """Its tables and code do, inside themselves."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright's Python package is not installed")
+    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=BROWSER, args=ARGS) as browser:
+        page = browser.new_page(viewport={"width": 420, "height": 900}, color_scheme=scheme)
+        page.goto((site / f"{name}.html").as_uri())
+        assert page.locator("body").get_attribute("data-md-color-scheme") == {"light": "default", "dark": "slate"}[scheme]
+        page.screenshot(path=tmp_path / "page.png", full_page=True)  # to look at on failure
+        assert page.evaluate("document.documentElement.scrollWidth") <= 420
+        assert not overflowing(page, ARTICLE, ITS_BLOCKS)
+        scrolls = page.locator("article table").evaluate_all("all => all.some(table => table.scrollWidth > table.clientWidth)")
+        assert scrolls or name == "index"  # its one table fits

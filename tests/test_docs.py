@@ -23,14 +23,17 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The built site. Strict: a warning, such as a broken link, or a page or notebook that the menu lacks, is an error."""
-    folder = tmp_path_factory.mktemp("site")
+def build_site(folder):
+    """Strict: a warning, such as a broken link, or a page or notebook that the menu lacks, is an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return build_site(tmp_path_factory.mktemp("site"))
 
 
 # The site
@@ -91,6 +94,19 @@ def test_the_search_finds_no_progress_bars(site):
 @pytest.mark.parametrize("name", ["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
 def test_nothing_installs_from_an_index_that_ksag_is_not_on(name):
     assert not re.search(r"pip install ['\"]?ksag\b(?!-)", (ROOT / name).read_text())
+
+
+def parameter_rows(name):
+    """The table of SAGDenoiser's parameters, without the folder that the README's links lead through."""
+    table = (ROOT / name).read_text().split("\n| `sag_scale` |")[1].split("\n\n")[0]
+    return f"| `sag_scale` |{table}".replace("](docs/", "](").splitlines()
+
+
+def test_the_readme_and_the_page_have_the_same_parameters():
+    rows = parameter_rows("docs/parameters.md")
+    assert parameter_rows("README.md") == rows
+    names = [re.match(r"\| `(\w+)` \|", row)[1] for row in rows]
+    assert sorted(["inner_model", *names]) == sorted(inspect.signature(ksag.SAGDenoiser).parameters)
 
 
 def test_the_performance_page_has_the_table_of_the_gpu(site):

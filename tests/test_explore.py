@@ -63,7 +63,7 @@ def opened(guided):
     widgets = []
 
     def open_(**options):
-        widgets.append(explore(guided, SHAPE, SIGMAS, **{"sampler": "euler", **options}))
+        widgets.append(explore(guided, SHAPE, SIGMAS, **{"sampler": "euler", "preview": 0, **options}))
         return widgets[-1]
 
     yield open_

@@ -92,7 +92,20 @@ def test_what_the_host_runs_outside_a_recording_is_not_seen():
         seen.saliency()
 
 
-# ComfyUI's calling convention, and the code of docs/hosts.md
+# The code of docs/hosts.md
+
+
+def page_names(heading):
+    """What the code under a heading of the page defines."""
+    page = Path(__file__).parents[1] / "docs" / "hosts.md"
+    section = page.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    names = {}
+    exec(compile(code, f"{page.name}: {heading}", "exec"), names)
+    return names
+
+
+# ComfyUI's calling convention
 
 
 class Model:
@@ -173,11 +186,7 @@ def comfy(request, monkeypatch):
     module.calc_cond_batch = host.calc_cond_batch
     monkeypatch.setitem(sys.modules, "comfy", types.ModuleType("comfy"))
     monkeypatch.setitem(sys.modules, "comfy.samplers", module)
-    page = Path(__file__).parents[1] / "docs" / "hosts.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    names = {}
-    exec(compile(code, page.name, "exec"), names)
-    host.patch = names["patch"]
+    host.patch = page_names("ComfyUI")["patch"]
     return host
 
 
@@ -272,3 +281,57 @@ def test_comfyui_after_a_step_that_was_interrupted(comfy):
 
 def interrupt(args):
     raise KeyboardInterrupt
+
+
+def test_comfyui_keeps_another_nodes_wrapper(comfy):
+    """One that scales the prediction, so that its absence would show, and that sees SAG's own call, too."""
+    denoiser = make_denoiser()
+    x, sigma, cond, uncond = inputs(2)
+    calls = []
+
+    def scaled(apply, args):
+        calls.append(args["input"].shape[0])
+        return apply(args["input"], args["timestep"], **args["c"]) * 0.9
+
+    class Scaled(torch.nn.Module):
+        """The model that the wrapper makes of the denoiser."""
+
+        def __init__(self):
+            super().__init__()
+            self.denoiser = denoiser
+
+        def forward(self, x, sigma, mapping_cond):
+            return self.denoiser(x, sigma, mapping_cond=mapping_cond) * 0.9
+
+    args = {"cond": cond, "uncond": uncond, "cond_scale": COND_SCALE}
+    with ksag.SAGDenoiser(Scaled(), SAG_SCALE, blur_sigma=1.5, cond_key="mapping_cond") as guided:
+        expected = guided(x, sigma, **args)
+    model = Patcher(Model(denoiser))
+    model.set_model_unet_function_wrapper(scaled)
+    patched = comfy.patch(model, SAG_SCALE, 1.5)
+    result = comfy.sampling_function(patched, x, sigma, conds_of(uncond), conds_of(cond), COND_SCALE)
+    assert (result - expected).norm() / expected.norm() < 1e-5
+    assert sum(calls) == 3 * x.shape[0] and model.model_options["model_function_wrapper"] is scaled
+
+
+# A1111's calling convention
+
+
+def test_a1111_gets_what_the_wrapper_gives():
+    """On a stand-in for the denoiser that its CFGDenoiser calls, whose conditioning is the keyword cond."""
+    denoiser = make_denoiser()
+    x, sigma, cond, uncond = inputs(3)
+    batches = []
+
+    def inner_model(x, sigma, cond):
+        batches.append(x.shape[0])
+        return denoiser(x, sigma, mapping_cond=cond)
+
+    direction, plain = directions(denoiser, x, sigma, cond, uncond)
+    cfg_denoiser = page_names("A1111")["with_sag"](denoiser, inner_model, SAG_SCALE, 1.5)
+    result = cfg_denoiser(x, sigma, cond, uncond, COND_SCALE)
+    assert (result - plain - direction).norm() / direction.norm() < 1e-4
+    assert batches == [6, 3]
+    del cfg_denoiser
+    gc.collect()
+    assert hooks(denoiser) == 0

@@ -138,6 +138,19 @@ def test_stored_costs_are_those_of_the_method():
     assert costs["no guidance by category, SAG"] == (32, 32)
 
 
+def test_stable_diffusion_in_short(tmp_path):
+    """The code before its first cell, as it stands, but for the weights and the GPU, which are not here, and the size."""
+    stable_diffusion(tmp_path)
+    (code,) = re.findall(r"```py\n(.*?)```", read(ROOT / "notebooks/stable_diffusion.ipynb").cells[0].source, re.DOTALL)
+    place = {"stable-diffusion-v1-5/stable-diffusion-v1-5": str(tmp_path / "pipe"), "float16": "float32", "64, 64": "8, 8"}
+    for old, new in place.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    names: dict = {}
+    exec(compile(code.replace('"cuda"', '"cpu"'), "stable_diffusion.ipynb", "exec"), names)
+    assert names["picture"].size == (16, 16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", [stable_diffusion, stable_diffusion_xl])
 def test_stable_diffusion_shows_the_pipeline_at_path(pipeline, tmp_path):
