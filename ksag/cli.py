@@ -33,7 +33,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which the command line alone does not import
                 hint = (
                     "A smaller --batch-size or --size takes less memory, and so do --no-batch-cond, --dtype float16, and --offload."

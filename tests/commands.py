@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,24 @@ def pixels(path):
 def text(path):
     with Image.open(path) as image:
         return image.text["parameters"]
+
+
+def a1111(infotext):
+    """A1111's parse_generation_parameters, in short."""
+    *lines, last = infotext.strip().split("\n")
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    start = next(i for i, line in enumerate(lines) if line.startswith("Negative prompt:"))
+    return "\n".join(lines[:start]), "\n".join(lines[start:])[16:].strip(), dict(pairs)
+
+
+def comfyui(infotext):
+    """ComfyUI's importA1111, in short."""
+    at, before = infotext.rindex("\nSteps:"), infotext.rindex("\nNegative prompt:")
+    found = re.findall(r'\s*([^:]+:\s*([^"\{].*?|".*?"|\{.*?\}))\s*(?:,|$)', infotext[at + 1 :].split("\n")[0])
+    return infotext[:before], infotext[before + 18 : at], dict(pair.split(": ", 1) for pair, _ in found)
+
+
+READERS = [a1111, comfyui]
 
 
 def save_small_transformer(path):

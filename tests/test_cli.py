@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import k_diffusion as K
@@ -21,7 +23,7 @@ from ksag.commands.options import LEFT_OUT, SAG_OPTIONS
 from ksag.parameters import PARAMETERS
 from ksag.samplers import SAMPLERS
 from ksag.samplers import sample as sample_latents
-from tests.commands import invoke, pixels, save_small_model, save_small_transformer, text
+from tests.commands import READERS, invoke, pixels, save_small_model, save_small_transformer, text
 
 
 @pytest.fixture(scope="module")
@@ -223,22 +225,7 @@ def test_plain_beside_sag_and_enlarged(tmp_path, sample):
     assert "SAG scale: 0," in text(tmp_path / "plain.png") and "SAG blur" not in text(tmp_path / "plain.png")
 
 
-def a1111(infotext):
-    """A1111's parse_generation_parameters, in short."""
-    *lines, last = infotext.strip().split("\n")
-    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
-    start = next(i for i, line in enumerate(lines) if line.startswith("Negative prompt:"))
-    return "\n".join(lines[:start]), "\n".join(lines[start:])[16:].strip(), dict(pairs)
-
-
-def comfyui(infotext):
-    """ComfyUI's importA1111, in short."""
-    at, before = infotext.rindex("\nSteps:"), infotext.rindex("\nNegative prompt:")
-    found = re.findall(r'\s*([^:]+:\s*([^"\{].*?|".*?"|\{.*?\}))\s*(?:,|$)', infotext[at + 1 :].split("\n")[0])
-    return infotext[:before], infotext[before + 18 : at], dict(pair.split(": ", 1) for pair, _ in found)
-
-
-@pytest.mark.parametrize("reader", [a1111, comfyui])
+@pytest.mark.parametrize("reader", READERS)
 def test_image_tools_read_the_parameters(tmp_path, sample, reader):
     sample(
         "--sampler", "euler_ancestral", "--cfg-rule", "apg", "--cond-scale", 2.5, "--classes", "cat", "--out", tmp_path / "x.png"
@@ -256,11 +243,11 @@ def test_image_tools_read_the_parameters(tmp_path, sample, reader):
     ("args", "message"),
     [
         (["--sampler", "dpmpp2m"], "Did you mean 'dpmpp_2m' or"),
-        (["--sampler", "DDIM"], "is no sampler of k-diffusion"),
-        (["--classes", "kat"], "'kat' is none that the model knows. Did you mean 'cat'?"),
-        (["--classes", "3"], "'3' is none that the model knows"),
-        (["--classes", "cat,"], "'' is none that the model knows. It knows bird, cat, dog."),
-        (["--classes", ""], "'' is none that the model knows"),
+        (["--sampler", "DDIM"], "is not a sampler of k-diffusion"),
+        (["--classes", "kat"], "the model does not know 'kat'. Did you mean 'cat'?"),
+        (["--classes", "3"], "the model does not know '3'"),
+        (["--classes", "cat,"], "the model does not know ''. It knows bird, cat, dog."),
+        (["--classes", ""], "the model does not know ''"),
         (["--category", "food"], "small.safetensors has classes: give --classes"),
         (["--blur-sigma", "nan"], "blur_sigma must be a finite number, got nan"),
         (["--blur-sigma", "-1"], "0 (no blur) or more, got -1.0"),
@@ -273,7 +260,7 @@ def test_image_tools_read_the_parameters(tmp_path, sample, reader):
         (["--cfg-rule", "rescale:2"], "0 to 1, got 2.0"),
         (["--cfg-rule", "plain:2"], "'plain:2'"),
         (["--device", "cuda:99"], "'cuda:99' cannot be used here. PyTorch sees cpu"),
-        (["--device", "gpu"], "'gpu' is no device of PyTorch"),
+        (["--device", "gpu"], "'gpu' is not a device of PyTorch"),
         (["--weights", "nowhere.safetensors"], "'nowhere.safetensors' does not exist"),
         (["--n", "0"], "0 is not in the range"),
         (["--seed", "99999999999999999999"], "is not in the range 0<=x<=9223372036854775807"),
@@ -300,19 +287,42 @@ def test_classes_of_the_bundled_model(tmp_path):
 def test_bad_weights(tmp_path):
     weights = tmp_path / "w.safetensors"
     weights.write_bytes(zoo.EMOJI.read_bytes()[:100_000])
-    assert "is cut off, or no safetensors file" in bundled("--weights", weights, "--out", tmp_path / "x.png", code=1)
+    assert "w.safetensors is damaged, or not a .safetensors file" in bundled(
+        "--weights", weights, "--out", tmp_path / "x.png", code=1
+    )
     save_file({"a": torch.zeros(1)}, weights)
     assert "no k-diffusion config" in bundled("--weights", weights, "--out", tmp_path / "x.png", code=1)
     (tmp_path / "w.ckpt").write_bytes(b"\x80\x02")
-    assert "is a pickle, which can run code" in bundled("--weights", tmp_path / "w.ckpt", "--out", tmp_path / "x.png", code=2)
+    output = bundled("--weights", tmp_path / "w.ckpt", "--out", tmp_path / "x.png", code=2)
+    assert "w.ckpt is a .ckpt file, a pickle" in output and "convert_for_inference.py" in output
+    assert "from_single_file(" in output and "--pipeline folder" in output
+    assert f"--pipeline {tmp_path}" not in output  # which would fail
+    (tmp_path / "w.gguf").write_bytes(b"GGUF")
+    assert "w.gguf is not a .safetensors file" in bundled("--weights", tmp_path / "w.gguf", "--out", tmp_path / "x.png", code=1)
 
 
-def test_weights_of_stable_diffusion_point_to_the_option_for_it(tmp_path):
-    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "sd.safetensors")
-    (tmp_path / "folder").mkdir()
-    for name in "sd.safetensors", "folder":
-        output = bundled("--weights", tmp_path / name, "--out", tmp_path / "x.png", code=2)
-        assert f"is sampled by --pipeline {tmp_path / name}" in output
+UNET, VAE, TEXT = "model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.a", "cond_stage_model.a"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ((UNET, VAE, TEXT), "w.safetensors is a checkpoint of Stable Diffusion: give --pipeline"),
+        ((UNET, VAE), "is a checkpoint of Stable Diffusion"),
+        (("lora_unet_mid_block.lora_up.weight",), "w.safetensors is a LoRA, not a whole model. In Python, where MODEL"),
+        (("down_blocks.0.attentions.0.proj_in.weight",), "w.safetensors is a UNet alone"),
+        (("decoder.conv_in.weight",), "w.safetensors is a VAE alone"),
+    ],
+)
+def test_weights_that_are_another_models_are_named(tmp_path, keys, message):
+    save_file({key: torch.zeros(1) for key in keys}, tmp_path / "w.safetensors")
+    output = bundled("--weights", tmp_path / "w.safetensors", "--out", tmp_path / "x.png", code=2)
+    assert "--weights takes a k-diffusion model" in output and message in output and "--pipeline" in output
+
+
+def test_a_folder_as_weights_points_to_the_option_for_it(tmp_path):
+    output = bundled("--weights", tmp_path, "--out", tmp_path / "x.png", code=2)
+    assert f"is a folder. If it is a pipeline of diffusers, give --pipeline {tmp_path}" in output
 
 
 @pytest.mark.parametrize(
@@ -385,7 +395,19 @@ def test_what_ksag_finds_wrong_while_the_model_runs_is_one_line(sample, monkeypa
     assert "ran for" in sample("--out", "never.png", code=1)
 
 
-def test_another_error_while_the_model_runs_keeps_its_traceback(weights, monkeypatch):
-    monkeypatch.setattr(K.layers.Denoiser, "forward", failing_with(RuntimeError("a bug of the model")))
-    with pytest.raises(RuntimeError, match="a bug of the model"):
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError])
+def test_another_error_while_the_model_runs_keeps_its_traceback(weights, monkeypatch, kind):
+    monkeypatch.setattr(K.layers.Denoiser, "forward", failing_with(kind("a bug of the model")))
+    with pytest.raises(kind, match="a bug of the model"):
         main(["sample", "--weights", str(weights), "--device", "cpu", "--steps", "2"], standalone_mode=False)
+
+
+def test_a_k_diffusion_model_needs_no_diffusers(weights, tmp_path):
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('diffusers', 'transformers', 'accelerate', 'huggingface_hub')))  # not installed\n"
+        "from ksag.cli import main\n"
+        f"main(['sample', '--weights', {str(weights)!r}, '--device', 'cpu', '--steps', '2', '--n', '1', '--out', 'x.png'])\n"
+    )
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and (tmp_path / "x.png").is_file(), result.stderr

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -9,7 +10,7 @@ import ksag
 from ksag.adapters import diffusers
 from ksag.samplers import sample as sample_latents
 from tests import diffusers_pipelines
-from tests.commands import invoke, pixels, text
+from tests.commands import READERS, invoke, pixels, text
 from tests.single_files import single_file
 
 KINDS = {
@@ -76,14 +77,50 @@ def test_the_picture_is_that_of_the_library(sample, saved, tmp_path, kind):
     )
 
 
-def test_a_single_file_with_its_config(saved, tmp_path):
+@pytest.mark.parametrize("kind", ["1.x", "2.x", "XL", "inpainting"])
+def test_a_single_file_with_its_config(saved, picture, tmp_path, kind):
+    """2.x predicts v."""
     file = tmp_path / "model.safetensors"
-    single_file(diffusers.load(saved("1.x")), file)
-    for source in (file, "--config", saved("1.x")), (saved("1.x"),):
-        invoke("sample", "--pipeline", *source, "--prompt", "a cat", "--device", "cpu", "--steps", 2, "--out",
+    single_file(diffusers.load(saved(kind)), file)
+    start = ["--image", picture[0], "--mask", picture[1], "--strength", 1] if kind == "inpainting" else []
+    for source in (file, "--config", saved(kind)), (saved(kind),):
+        invoke("sample", "--pipeline", *source, "--prompt", "a cat", *start, "--device", "cpu", "--steps", 2, "--out",
                tmp_path / f"{len(source)}.png")  # fmt: skip
     assert torch.equal(pixels(tmp_path / "3.png"), pixels(tmp_path / "1.png"))
     assert "Model: model," in text(tmp_path / "3.png")
+
+
+def test_a_folder_goes_by_its_name_wherever_it_lies_and_however_it_is_typed(saved, tmp_path, monkeypatch):
+    folder = saved("1.x")
+    monkeypatch.chdir(folder)
+    for name in folder, f"{folder}/", ".", f"../{folder.name}/":
+        invoke("sample", "--pipeline", name, "--prompt", "a", "--device", "cpu", "--steps", 2, "--out", tmp_path / "a")
+    assert "Model: pipe, UNet fingerprint" in text(tmp_path / "a/000000.png")
+    assert str(folder.parent) not in text(tmp_path / "a/000000.png") + (tmp_path / "a/ksag.json").read_text()
+
+
+@pytest.mark.parametrize(("spacing", "name"), [("karras", "Karras"), ("exponential", "Exponential"), (None, "Uniform")])
+def test_the_schedule_is_called_what_it_is(saved, tmp_path, spacing, name):
+    pipe = diffusers.load(saved("1.x"))
+    if spacing:
+        pipe.scheduler = EDMEulerScheduler(sigma_schedule=spacing)
+    pipe.save_pretrained(tmp_path / "pipe")
+    args = ["sample", "--pipeline", tmp_path / "pipe", "--prompt", "a", "--device", "cpu", "--steps", 2, "--out"]
+    invoke(*args, tmp_path / "own.png")
+    assert f"Schedule type: {name}," in text(tmp_path / "own.png")
+    if spacing:
+        invoke(*args, tmp_path / "asked.png", "--schedule", spacing)
+        assert torch.equal(pixels(tmp_path / "own.png"), pixels(tmp_path / "asked.png"))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_image_tools_read_the_parameters(sample, tmp_path, reader):
+    prompt, negative = "a cat, red: yes\nin a garden", "blurry, dark: no\ntext"
+    sample("1.x", "--prompt", prompt, "--negative-prompt", negative, "--cond-scale", 3, "--seed", 5, "--out", tmp_path / "x.png")
+    *prompts, fields = reader(text(tmp_path / "x.png"))
+    assert prompts == [prompt, negative]
+    expected = {"Steps": "3", "Sampler": "Euler", "Schedule type": "Uniform", "CFG scale": "3", "Seed": "5", "Model": "pipe"}
+    assert expected.items() <= fields.items()
 
 
 def test_prompts_take_turns_by_seed_and_each_is_as_it_is_alone(sample, tmp_path):
@@ -102,13 +139,36 @@ def test_prompts_take_turns_by_seed_and_each_is_as_it_is_alone(sample, tmp_path)
     assert "Prompt is ['a cat', 'a dog'," in sample("1.x", "--prompt", "a cat", "--out", tmp_path / "a", code=1)
 
 
-def test_clip_skip_counts_as_a1111_does(sample, tmp_path):
-    for skip in 1, 2:
-        sample("1.x", "--prompt", "a cat", "--clip-skip", skip, "--out", tmp_path / f"{skip}.png")
-    sample("1.x", "--prompt", "a cat", "--out", tmp_path / "none.png")
-    assert torch.equal(pixels(tmp_path / "1.png"), pixels(tmp_path / "none.png"))
-    assert not torch.equal(pixels(tmp_path / "2.png"), pixels(tmp_path / "none.png"))
-    assert "Clip skip: 2," in text(tmp_path / "2.png") and "Clip skip" not in text(tmp_path / "1.png")
+def test_prompts_of_a_windows_editor(sample, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cät\n", encoding="utf-8-sig")
+    sample("1.x", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "x.png")
+    assert text(tmp_path / "x.png").startswith("a cät\n")
+    for encoding in "utf-16", "latin-1":
+        (tmp_path / "prompts.txt").write_text("a cät\n", encoding=encoding)
+        output = sample("1.x", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "y.png", code=2)
+        assert "prompts.txt: the file is not UTF-8 text. Save it in that encoding" in output
+
+
+@pytest.mark.parametrize(("kind", "own"), [("1.x", 1), ("XL", 2)])
+def test_clip_skip_counts_as_a1111_does(sample, saved, tmp_path, kind, own):
+    """What leaves out no layer is the model's own; beyond it, each step is one more, as the library leaves them out."""
+    from ksag.commands.pipeline import Pipeline
+
+    for skip in range(1, own + 2):
+        sample(kind, "--prompt", "a cat", "--clip-skip", skip, "--out", tmp_path / f"{skip}.png")
+    sample(kind, "--prompt", "a cat", "--out", tmp_path / "none.png")
+    for skip in range(1, own + 1):
+        assert torch.equal(pixels(tmp_path / f"{skip}.png"), pixels(tmp_path / "none.png"))
+        assert "Clip skip" not in text(tmp_path / f"{skip}.png")
+    assert not torch.equal(pixels(tmp_path / f"{own + 1}.png"), pixels(tmp_path / "none.png"))
+    assert f"Clip skip: {own + 1}," in text(tmp_path / f"{own + 1}.png")
+    pipe = diffusers.load(saved(kind))
+    for skip in range(own, 5):
+        model = Pipeline(str(saved(kind)), torch.device("cpu"), torch.float32, prompt=["a cat"], clip_skip=skip)
+        expected, _ = diffusers.conditioning(pipe, "a cat", clip_skip=skip - own)
+        assert torch.equal(model.conditioning([0])["cond"]["encoder_hidden_states"], expected["encoder_hidden_states"])
+    output = sample(kind, "--prompt", "a cat", "--clip-skip", 5, "--out", tmp_path / "x.png", code=2)
+    assert "--clip-skip 5: the text encoder has 4 layers" in output
 
 
 def test_from_a_picture_the_less_strength_the_nearer(sample, saved, picture, tmp_path):
@@ -118,17 +178,49 @@ def test_from_a_picture_the_less_strength_the_nearer(sample, saved, picture, tmp
     distances = []
     for strength in 0.2, 0.6, 1:
         out = tmp_path / f"{strength}.png"
-        sample("1.x", "--prompt", "a cat", "--image", image, "--strength", strength, "--steps", 10, "--out", out)
+        sample("1.x", "--prompt", "a cat", "--image", image, "--size", "32x24", "--strength", strength, "--steps", 10, "--out", out)
         distances.append((pixels(out) - pil_to_tensor(through_vae)).abs().mean())
         assert f"Denoising strength: {strength}" in text(out)
     assert distances[0] < distances[1] < distances[2]
     assert pixels(out).shape == (3, 24, 32)
 
 
+@pytest.mark.parametrize(
+    ("given", "asked", "expected"),
+    [
+        ((32, 24), [], (18, 14)),  # 256 pixels were trained at: 18.5 by 13.9, in multiples of 2
+        ((300, 1200), [], (8, 32)),
+        ((6, 6), [], (16, 16)),
+        ((32, 24), ["--size", "16x16"], (16, 16)),
+    ],
+)
+def test_a_picture_is_scaled_to_what_the_model_was_trained_at_or_cropped_to_what_is_asked(sample, tmp_path, given, asked, expected):
+    Image.new("RGB", given, "red").save(tmp_path / "given.png")
+    sample("1.x", "--prompt", "a cat", "--image", tmp_path / "given.png", *asked, "--out", tmp_path / "x.png")
+    assert f"Size: {expected[0]}x{expected[1]}," in text(tmp_path / "x.png")
+    assert pixels(tmp_path / "x.png").shape == (3, expected[1], expected[0])
+
+
+def test_another_aspect_is_cropped_to_the_centre_with_its_mask(saved, tmp_path):
+    """A picture whose middle half is white, and a mask of that half: squares of both are white all over."""
+    from ksag.commands.pipeline import Pipeline
+
+    wide = torch.zeros(3, 32, 64)
+    wide[..., 16:48] = 1
+    to_pil_image(wide).save(tmp_path / "picture.png")
+    to_pil_image(wide[:1]).resize((32, 16), Image.Resampling.NEAREST).save(tmp_path / "mask.png")
+    args = {"prompt": ["a"], "image": tmp_path / "picture.png", "mask": tmp_path / "mask.png", "size": (32, 32)}
+    model = Pipeline(str(saved("1.x")), torch.device("cpu"), torch.float32, **args)
+    for made in model.picture, model.mask:
+        assert made.size == (32, 32)
+        assert pil_to_tensor(made)[..., 2:-2].min() > 240  # the scaling of the smaller mask blurs its edges
+
+
 @pytest.mark.parametrize("kind", ["1.x", "inpainting"])
 def test_what_the_mask_leaves_out_stays_as_it_is(sample, picture, tmp_path, kind):
     image, mask = picture
-    sample(kind, "--prompt", "a cat", "--image", image, "--mask", mask, "--strength", 1, "--out", tmp_path / "x.png")
+    sample(kind, "--prompt", "a cat", "--image", image, "--mask", mask, "--size", "32x24", "--strength", 1,
+           "--out", tmp_path / "x.png")  # fmt: skip
     made, given = pixels(tmp_path / "x.png"), pixels(image)
     assert torch.equal(made[..., :16], given[..., :16])
     assert (made[..., 16:] - given[..., 16:]).abs().mean() > 5
@@ -155,7 +247,8 @@ def test_the_concat_of_an_inpainting_unet_is_that_of_diffusers(saved, picture):
     from ksag.commands.pipeline import Pipeline
 
     image, mask = picture
-    model = Pipeline(str(saved("inpainting")), torch.device("cpu"), torch.float32, prompt=["a cat"], image=image, mask=mask)
+    args = {"prompt": ["a cat"], "image": image, "mask": mask, "size": (24, 32)}
+    model = Pipeline(str(saved("inpainting")), torch.device("cpu"), torch.float32, **args)
     pipe = model.pipe
     pixels_of_mask = pipe.mask_processor.preprocess(Image.open(mask), 24, 32)
     visible = pipe.image_processor.preprocess(Image.open(image), 24, 32) * (pixels_of_mask < 0.5)
@@ -191,10 +284,10 @@ def test_every_prompt_and_compare_into_a_folder(sample, tmp_path):
         ("1.x", [], 2, "--pipeline needs a --prompt"),
         ("1.x", ["--prompt", "a", "--classes", "cat"], 2, "--classes is for k-diffusion models"),
         ("1.x", ["--prompt", "a", "--size", "33x24"], 2, "multiples of 2, such as 32x24"),
-        ("1.x", ["--prompt", "a", "--size", "512"], 2, "'512' is no size"),
+        ("1.x", ["--prompt", "a", "--size", "512"], 2, "'512' is not a size: give WIDTHxHEIGHT"),
         ("1.x", ["--prompt", "a", "--strength", "0.5"], 2, "give --image"),
         ("1.x", ["--prompt", "a", "--strength", "0"], 2, "0.0 is not in the range"),
-        ("1.x", ["--prompt", "a", "--clip-skip", "9"], 2, "--clip-skip 9: the text encoder has 4 layers"),
+        ("1.x", ["--prompt", "a", "--offload", "--cuda-graphs"], 2, "needs them to stay in place: give one of them"),
         ("1.x", ["--prompt", "a", "--offload"], 2, "on a CPU there is nothing to gain"),
         ("1.x", ["--prompt", "a", "--config", "."], 1, "goes with a single file"),
         ("inpainting", ["--prompt", "a"], 2, "which is for inpainting: give --image and --mask"),
@@ -204,6 +297,16 @@ def test_every_prompt_and_compare_into_a_folder(sample, tmp_path):
 def test_bad_input_is_one_clear_line(sample, tmp_path, kind, args, code, message):
     assert message in sample(kind, *args, "--out", tmp_path / "x.png", code=code)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_pipeline_without_text_encoder_is_one_clear_line(saved, tmp_path):
+    """The adapter's TypeError."""
+    pipe = diffusers.load(saved("XL"))
+    pipe.text_encoder = pipe.text_encoder_2 = None
+    pipe.save_pretrained(tmp_path / "pipe")
+    args = ["--prompt", "a", "--device", "cpu", "--steps", 2, "--out", tmp_path / "x.png"]
+    output = invoke("sample", "--pipeline", tmp_path / "pipe", *args, code=1)
+    assert "Error: Expected a Stable Diffusion 1.x, 2.x or XL pipeline, with CLIP text encoders" in output
 
 
 def test_few_steps_of_a_picture_are_refused(sample, picture, tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FluxPipeline
@@ -199,28 +201,28 @@ def names(*keys):
 DIFFUSION = "model.diffusion_model."
 WRONG = {
     "UNet of diffusers": (of_model(unet), r"is a UNet alone, .*UNet2DConditionModel.from_single_file"),
-    "VAE of diffusers": (of_model(vae), r"is a VAE alone .*pipe.vae = AutoencoderKL.from_single_file"),
-    "ControlNet": (of_model(controlnet), r"is a ControlNet .*StableDiffusionControlNetPipeline.from_pipe"),
-    "T2I-Adapter": (of_model(t2i_adapter), r"is a T2I-Adapter "),
-    "IP-Adapter": (flat_ip_adapter, r"is an IP-Adapter .*pipe.load_ip_adapter"),
-    "LoRA of peft": (lora, r"is a LoRA .*pipe.load_lora_weights\('.*m.safetensors'\)"),
-    "text encoder": (of_model(text_encoder), r"is a text encoder alone "),
-    "text encoder of a pipeline": (of_model(text_encoder, "text_model."), r"is a text encoder alone "),
-    "LoRA of kohya": (names("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"), r"is a LoRA "),
-    "LyCORIS": (names("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a"), r"is a LoRA "),
-    "textual inversion": (names("clip_l", "clip_g"), r"is a textual inversion .*pipe.load_textual_inversion"),
-    "ControlNet of CompVis": (names("control_model.zero_convs.0.0.weight", f"{DIFFUSION}out.2.weight"), r"is a ControlNet "),
-    "VAE of CompVis": (names("decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"), r"is a VAE alone "),
-    "UNet of CompVis": (names(f"{DIFFUSION}input_blocks.0.0.weight", f"{DIFFUSION}out.2.weight"), r"is a UNet alone, "),
-    "T5": (names("encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"), r"is a text encoder alone "),
+    "VAE of diffusers": (of_model(vae), r"is a VAE alone\. .*pipe.vae = diffusers.AutoencoderKL.from_single_file"),
+    "ControlNet": (of_model(controlnet), r"is a ControlNet, .*StableDiffusionControlNetPipeline.from_pipe"),
+    "T2I-Adapter": (of_model(t2i_adapter), r"is a T2I-Adapter, "),
+    "IP-Adapter": (flat_ip_adapter, r"is an IP-Adapter, .*pipe.load_ip_adapter"),
+    "LoRA of peft": (lora, r"is a LoRA, .*pipe.load_lora_weights\('.*m.safetensors'\)"),
+    "text encoder": (of_model(text_encoder), r"is a text encoder alone\. "),
+    "text encoder of a pipeline": (of_model(text_encoder, "text_model."), r"is a text encoder alone\. "),
+    "LoRA of kohya": (names("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"), r"is a LoRA, not a whole model\. "),
+    "LyCORIS": (names("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a"), r"is a LoRA, "),
+    "textual inversion": (names("clip_l", "clip_g"), r"is a textual inversion, .*pipe.load_textual_inversion"),
+    "ControlNet of CompVis": (names("control_model.zero_convs.0.0.weight", f"{DIFFUSION}out.2.weight"), r"is a ControlNet, "),
+    "VAE of CompVis": (names("decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"), r"is a VAE alone\. "),
+    "UNet of CompVis": (names(f"{DIFFUSION}input_blocks.0.0.weight", f"{DIFFUSION}out.2.weight"), r"is a UNet alone, .*encoder\. "),
+    "T5": (names("encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"), r"is a text encoder alone\. "),
     "Stable Diffusion 3": (names(f"{DIFFUSION}joint_blocks.0.x_block.attn.qkv.weight", "first_stage_model.decoder.conv_in.weight"),
-                           r"is a Stable Diffusion 3 model .*flow matching.*ksag samples Stable Diffusion 1.x, 2.x and XL"),
-    "Flux": (names("double_blocks.0.img_attn.qkv.weight"), r"is a Flux model, .*flow matching"),
+                           r"is a Stable Diffusion 3 model\. .*flow matching.*ksag samples Stable Diffusion 1.x, 2.x and XL"),
+    "Flux": (names("double_blocks.0.img_attn.qkv.weight"), r"is a Flux model, or one like it\. Its flow matching"),
     "Flux of diffusers": (names("single_transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_q.weight"), "Flux"),
-    "Stable Cascade": (names("clip_txt_mapper.weight", "down_blocks.0.0.channelwise.0.weight"), r"is a Stable Cascade model "),
-    "PixArt": (names("transformer_blocks.0.attn1.to_q.weight", "pos_embed.proj.weight"), r"is a diffusion transformer "),
-    "video": (names("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"), r"is a motion module, for video, "),
-    "unknown": (names("foo.weight", "bar.weight"), r"is no model that ksag knows: its tensors are 'bar.weight' and 1 more"),
+    "Stable Cascade": (names("clip_txt_mapper.weight", "down_blocks.0.0.channelwise.0.weight"), r"is a Stable Cascade model\. "),
+    "PixArt": (names("transformer_blocks.0.attn1.to_q.weight", "pos_embed.proj.weight"), r"is a diffusion transformer\. "),
+    "video": (names("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"), r"is a motion module, for video\. "),
+    "unknown": (names("foo.weight", "bar.weight"), r"is not a model that ksag knows: its tensors are 'bar.weight' and 1 more"),
 }  # fmt: skip
 
 
@@ -231,6 +233,45 @@ def test_a_wrong_file_is_named(tmp_path, kind):
     with pytest.raises(ValueError, match=message) as error:
         adapter.load(tmp_path / "m.safetensors")
     assert "  " not in str(error.value) and ".." not in str(error.value)
+
+
+def changed(folder, part, prefix=""):
+    """The weights of another part than the pipeline's."""
+    state = getattr(stable_diffusion(folder), part).state_dict()
+    return {f"{prefix}{name}": tensor * 1.5 for name, tensor in state.items()}
+
+
+def changed_by_lora(folder):
+    return {name: torch.randn(tensor.shape) for name, tensor in lora(folder).items()}
+
+
+ADVICE = {
+    "LoRA": (changed_by_lora, "unet"),
+    "UNet": (lambda folder: changed(folder, "unet"), "unet"),
+    "VAE": (lambda folder: changed(folder, "vae"), "vae"),
+    "textual inversion": (lambda folder: {"emb_params": torch.randn(2, 32)}, "text_encoder"),
+}
+
+
+@pytest.mark.parametrize("kind", ADVICE)
+def test_what_a_message_advises_gives_a_folder_with_the_file_in_it(tmp_path, monkeypatch, kind):
+    make, part = ADVICE[kind]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made").mkdir()
+    save_file(make(tmp_path / "made"), "m.safetensors")
+    with pytest.raises(
+        ValueError, match=r"In Python, where MODEL is .*save_pretrained\('folder'\)\. Then .*--pipeline folder"
+    ) as error:
+        adapter.load("m.safetensors")
+    advice = re.search(r"In Python, [^:]*: (.*)\. Then ", str(error.value))[1]
+    pipe = stable_diffusion(tmp_path)
+    before = {name: tensor.clone() for name, tensor in getattr(pipe, part).state_dict().items()}
+    exec(advice, {"ksag": ksag, "diffusers": diffusers, "MODEL": str(tmp_path / "pipe")})  # as a user would type it
+    after = getattr(adapter.load("folder"), part).state_dict()
+    assert after.keys() == before.keys()
+    assert any(tensor.shape != before[name].shape or not torch.equal(tensor, before[name]) for name, tensor in after.items())
+    if kind in ("UNet", "VAE"):
+        assert all(torch.equal(after[name], tensor * 1.5) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize(("part", "missing"), [("first_stage_model", "VAE"), ("cond_stage_model", "text encoder")])
@@ -298,7 +339,9 @@ class Bomb:
 def test_a_pickle_is_not_opened(tmp_path, suffix):
     file = tmp_path / f"model{suffix}"
     file.write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    with pytest.raises(ValueError, match=rf"is a {suffix} file, a pickle, which can run any program"):
+    with pytest.raises(
+        ValueError, match=rf"is a {suffix} file, a pickle, .* or convert it\. .*from_single_file\('.*model{suffix}'\)"
+    ):
         adapter.load(file)
     assert not (tmp_path / "ran").exists()
 
@@ -338,8 +381,8 @@ def test_code_in_a_folder_is_not_run(tmp_path):
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", r"is a Git LFS pointer, not the file"),
-        (b"<!DOCTYPE html><html>", r"is no whole .safetensors file. Download it again"),
-        (b"", r"is no whole .safetensors file"),
+        (b"<!DOCTYPE html><html>", r"is damaged, or not a .safetensors file. Download it again"),
+        (b"", r"is damaged, or not a .safetensors file"),
     ],
 )
 def test_a_file_that_is_no_safetensors(tmp_path, content, message):
@@ -348,10 +391,17 @@ def test_a_file_that_is_no_safetensors(tmp_path, content, message):
         adapter.load(tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "model.gguf", "model"])
+def test_a_file_with_another_suffix(tmp_path, name):
+    (tmp_path / name).write_bytes(b"GGUF and more")
+    with pytest.raises(ValueError, match=rf"{name} is not a .safetensors file, and ksag takes no other"):
+        adapter.load(tmp_path / name)
+
+
 def test_a_file_whose_download_broke_off(tmp_path):
     file = single_file(stable_diffusion(tmp_path), tmp_path / "m.safetensors")
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"is no whole .safetensors file"):
+    with pytest.raises(ValueError, match=r"is damaged, or not a .safetensors file"):
         adapter.load(file)
 
 
@@ -365,13 +415,11 @@ def test_what_is_not_there(name):
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path):
-    with pytest.raises(
-        OSError, match=r"There is no folder owner/name, and from the hub it cannot be had: the hub cannot be reached"
-    ):
+    with pytest.raises(OSError, match=r"There is no folder owner/name here, and the hub cannot be reached"):
         adapter.load("owner/name")
     file = single_file(stable_diffusion(tmp_path), tmp_path / "m.safetensors")
     with pytest.raises(
-        OSError, match=r"m.safetensors is only weights: .* Give config= \(--config\) the folder of a diffusers pipeline"
+        OSError, match=r"m.safetensors holds weights alone. .* Give config= \(--config\) the folder of a diffusers pipeline"
     ):
         adapter.load(file)
 
@@ -394,9 +442,28 @@ def test_a_hub_id_is_diffusers_to_load(tmp_path, monkeypatch):
     assert asked == [("owner/name", True, False)]
 
 
+def test_what_the_hub_answers(monkeypatch):
+    def refused(*args, **kwargs):
+        raise OSError("403 Forbidden.\nAccess to owner/name is restricted.")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
+    with pytest.raises(OSError, match=r"and the hub says: 403 Forbidden. Access to owner/name is restricted"):
+        adapter.load("owner/name")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_a_text_encoder_that_is_not_clips_is_refused_before_anything_is_loaded(tmp_path, part):
+    stable_diffusion_xl(tmp_path)
+    edit(tmp_path / "pipe" / "model_index.json", **{part: ["transformers", "T5EncoderModel"]})
+    for weights in (tmp_path / "pipe").rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ValueError, match=rf"is a StableDiffusionXLPipeline whose {part} is a T5EncoderModel\. ksag samples"):
+        adapter.load(tmp_path / "pipe")
+
+
 def test_config_with_a_folder(tmp_path):
     stable_diffusion(tmp_path)
-    with pytest.raises(ValueError, match=r"config= goes with a single file"):
+    with pytest.raises(ValueError, match=r"config= \(--config\) goes with a single file"):
         adapter.load(tmp_path / "pipe", config=tmp_path / "pipe")
 
 

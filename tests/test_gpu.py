@@ -6,14 +6,19 @@ import threading
 import k_diffusion as K
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import ksag
 from ksag.adapters.diffusers import denoiser as as_denoiser
+from ksag.commands.pipeline import Pipeline
+from ksag.commands.sampling import Sampling
 from ksag.conditioning import transform
 from ksag.saliency import MAX_LOGITS, saliency
 from ksag.samplers import SAMPLERS, sample
+from tests.commands import invoke, pixels
 from tests.diffusers_pipelines import scheduler
+from tests.diffusers_pipelines import stable_diffusion as make_pipeline
 from tests.diffusers_pipelines import unet as make_unet
 from tests.models import inputs, make_denoiser
 
@@ -320,3 +325,33 @@ def test_a_compiled_unet_can_be_graphed(one_pass):
         guided.use_cuda_graphs()
         for _ in range(2):
             assert relative(guided(x, sigma, **args), expected) < 1e-5
+
+
+@pytest.mark.parametrize("option", ["--cuda-graphs", "--offload"])
+def test_the_command_makes_the_same_pictures_with(tmp_path, option):
+    """Of a tiny pipeline; the second picture replays the first one's graphs, or finds the parts where the first one left them."""
+    make_pipeline(tmp_path)
+    prompts = "--prompt", "a cat", "--prompt", "a dog"
+    for folder, options in ("plain", []), ("other", [option]):
+        invoke("sample", "--pipeline", tmp_path / "pipe", *prompts, "--device", "cuda", "--dtype", "float32", "--steps", 4,
+               *options, "--out", tmp_path / folder)  # fmt: skip
+    plain, other = ([pixels(tmp_path / folder / f"00000{seed}.png") for seed in range(2)] for folder in ("plain", "other"))
+    assert (plain[0] - plain[1]).abs().max() > 1
+    assert all((a - b).abs().max() <= 1 for a, b in zip(plain, other, strict=True))  # of 255
+
+
+def test_offload_keeps_the_vae_off_the_gpu_while_the_unet_works(tmp_path):
+    """From a picture, which the VAE encodes before the first step; and it has decoded one before the second picture's."""
+    make_pipeline(tmp_path)
+    Image.effect_noise((16, 16), 64).save(tmp_path / "picture.png")
+    args = {"prompt": ["a cat"], "image": tmp_path / "picture.png", "offload": True}
+    model = Pipeline(str(tmp_path / "pipe"), torch.device("cuda", 0), torch.float32, **args)
+    where = []
+    model.pipe.unet.register_forward_pre_hook(lambda *_: where.append(model.pipe.vae.device.type))
+    with ksag.SAGDenoiser(model.denoiser, cond_key=None) as guided:
+        sampling = Sampling(model, guided, "euler", model.sigmas(4, "model"))
+        for seed in range(2):
+            sampling.pictures([seed])
+    assert set(where) == {"cpu"}
+    parts = model.pipe.unet, model.pipe.vae, model.pipe.text_encoder
+    assert all(weight.device.type == "cpu" for part in parts for weight in part.parameters())

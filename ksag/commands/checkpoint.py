@@ -45,7 +45,7 @@ def chosen(option: str, wanted: str | None, known: Sequence[str]) -> list[str | 
             words.append(alike[0])
         else:
             hint = f"Did you mean {nearest(word, alike or known)}?" if word else f"It knows {', '.join(known)}."
-            raise click.UsageError(f"{option}: {word!r} is none that the model knows. {hint}")
+            raise click.UsageError(f"{option}: the model does not know {word!r}. {hint}")
     return words
 
 

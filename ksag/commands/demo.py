@@ -51,7 +51,7 @@ def demo(
     picture.check_writable(out)
     sag = {name: value for name in SAG_DEFAULTS if (value := options.pop(name)) is not None}
     if sag.get("sag_scale") == 0:
-        raise click.UsageError("--sag-scale 0 is no guidance, so there would be nothing to compare.")
+        raise click.UsageError("--sag-scale 0 turns SAG off, so there would be nothing to compare.")
     model = open_model(options, device, torch.float32)
     sag = {**SAG_DEFAULTS, **model.recommended, **sag}
     seeds = range(seed, seed + n)

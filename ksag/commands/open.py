@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 import torch
-from safetensors import SafetensorError, safe_open
 
+from ksag.adapters import checkpoints
 from ksag.commands.model import Model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -25,7 +25,7 @@ class Size(click.ParamType):
             return value
         sides = value.lower().split("x")
         if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
-            self.fail(f"{value!r} is no size: give width and height in pixels, such as 768x512.", param, ctx)
+            self.fail(f"{value!r} is not a size: give WIDTHxHEIGHT in pixels, such as 768x512.", param, ctx)
         return int(sides[1]), int(sides[0])
 
 
@@ -53,7 +53,7 @@ PIPELINE_OPTIONS = (
                  help="How much of --image to change: 1 is all."),
     click.option("--mask", type=FILE, help="White where --image is painted anew, black where it stays."),
     click.option("--clip-skip", type=click.IntRange(1), show_default="the model's",
-                 help="Which of the text encoder's layers from the end to use, counted as A1111 does: 1 is the last."),
+                 help="Which of the text encoder's layers from the end to use, as A1111 counts: 1 is the last; XL's own is 2."),
     click.option("--config", help="A folder or hub id with the model's configuration, for a .safetensors file without the hub."),
     click.option("--offload", is_flag=True, help="Keep on the GPU only the part of the model that works."),
 )  # fmt: skip
@@ -98,18 +98,19 @@ def open_model(options: Mapping[str, Any], device: torch.device, dtype: torch.dt
 
 def _check_weights(weights: Path) -> None:
     """That it may be a k-diffusion model; `zoo.load` says the rest."""
-    try_pipeline = f"Stable Diffusion is sampled by --pipeline {weights} --prompt '...'."
+    takes = "--weights takes a k-diffusion model, a .safetensors file with its config in the metadata."
+    instead = f"give --pipeline {weights} --prompt '...'."
     if weights.is_dir():
-        raise click.UsageError(f"--weights {weights} is a folder, not a k-diffusion model's safetensors file. {try_pipeline}")
-    if weights.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise click.UsageError(f"{takes} {weights} is a folder. If it is a pipeline of diffusers, {instead}")
+    if weights.suffix.lower() in checkpoints.PICKLES:
         raise click.UsageError(
-            f"--weights {weights} is a pickle, which can run code when it is opened, so ksag does not. Save it as safetensors: a "
-            f"k-diffusion model by k-diffusion's convert_for_inference.py. {try_pipeline.rstrip('.')} (as safetensors, too)."
+            f"{takes} {checkpoints.pickle(weights)} A k-diffusion model: with k-diffusion's convert_for_inference.py. "
+            f"{checkpoints.CONVERT.format(path=str(weights))}"
         )
-    try:
-        with safe_open(weights, framework="pt") as file:
-            is_stable_diffusion = any(name.startswith("model.diffusion_model.") for name in file.keys())  # noqa: SIM118
-    except SafetensorError:
+    header = checkpoints.read_header(weights)
+    if "config" in header.metadata:
         return
-    if is_stable_diffusion:
-        raise click.UsageError(f"--weights {weights} is a checkpoint of Stable Diffusion, not of k-diffusion. {try_pipeline}")
+    if checkpoints.is_checkpoint(header):
+        raise click.UsageError(f"{takes} {weights.name} is a checkpoint of Stable Diffusion: {instead}")
+    if other := checkpoints.other_kind(header):
+        raise click.UsageError(f"{takes} {checkpoints.describe(other, weights)}")

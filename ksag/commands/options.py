@@ -33,7 +33,7 @@ class Sampler(click.ParamType):
 
     def convert(self, value: str, param: Any, ctx: Any) -> str:
         if value not in SAMPLERS:
-            self.fail(f"{value!r} is no sampler of k-diffusion. Did you mean {nearest(value, SAMPLERS)}?", param, ctx)
+            self.fail(f"{value!r} is not a sampler of k-diffusion. Did you mean {nearest(value, SAMPLERS)}?", param, ctx)
         return value
 
 
@@ -50,7 +50,7 @@ class Device(click.ParamType):
         try:
             device = torch.device(value)
         except RuntimeError as error:
-            self.fail(f"{value!r} is no device of PyTorch: {str(error).splitlines()[0]}", param, ctx)
+            self.fail(f"{value!r} is not a device of PyTorch: {str(error).splitlines()[0]}", param, ctx)
         # counted, because a tensor for a trial would make every process take memory of the first GPU
         counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
         if (device.index or 0) >= counts.get(device.type, 1):
@@ -69,7 +69,7 @@ class Rule(click.ParamType):
             return value
         name, _, numbers = value.partition(":")
         if name not in RULES:
-            self.fail(f"{value!r} is no rule. Did you mean {nearest(name, list(RULES))}?", param, ctx)
+            self.fail(f"{value!r} is not a rule. Did you mean {nearest(name, list(RULES))}?", param, ctx)
         try:
             return RULES[name](*(float(number) for number in numbers.split(",") if numbers))
         except (TypeError, ValueError) as error:

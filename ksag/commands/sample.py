@@ -102,6 +102,8 @@ def sample(
     The options of SAG show the library's defaults; the bundled model has recommended ones of its own.
     """
     picture.check_writable(out)
+    if cuda_graphs and options["offload"]:
+        raise click.UsageError("--offload moves the weights, and --cuda-graphs needs them to stay in place: give one of them.")
     if sampler == "dpm_adaptive" and batch_size not in (None, 1):
         raise click.UsageError("dpm_adaptive chooses its steps for a whole batch, so it makes them one by one: --batch-size 1.")
     sag = {name: value for name in SAG_DEFAULTS if (value := options.pop(name)) is not None}

@@ -10,8 +10,8 @@ from typing import Any
 import safetensors
 import torch
 
-from ksag.adapters.diffusers import checkpoints
-from ksag.adapters.diffusers.checkpoints import SUPPORTED, Header
+from ksag.adapters import checkpoints
+from ksag.adapters.checkpoints import SUPPORTED, Header
 
 
 def load(
@@ -54,12 +54,16 @@ def load(
         import diffusers  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError("Stable Diffusion needs more packages: pip install diffusers transformers accelerate.") from error
+        raise ImportError(
+            "Stable Diffusion needs diffusers and transformers. In a clone of ksag: pip install '.[diffusers]'"
+        ) from error
     path = Path(path_or_id)
     if path.is_file():
         pipe = _from_file(path, config, dtype)
     elif config is not None:
-        raise ValueError(f"config= goes with a single file, and {path_or_id} is none; a folder or a hub id has its own.")
+        raise ValueError(
+            f"config= (--config) goes with a single file. A folder or a hub id, such as {path_or_id}, has its own configuration."
+        )
     else:
         pipe = _from_pretrained(path_or_id, dtype, variant)
     _set_prediction(pipe, prediction_type, zero_snr)
@@ -104,9 +108,9 @@ def _from_file(path: Path, config: str | Path | None, dtype: torch.dtype | None)
             )
     except OSError as error:
         raise OSError(
-            f"{path.name} is only weights: its configs and tokenizers come from {config or 'the hub'}, and they are not there or "
-            f"cannot be reached. Give config= (--config) the folder of a diffusers pipeline of the same kind; its weights are not "
-            f"needed. ({error})"
+            f"{path.name} holds weights alone. Its configs and tokenizers come from {config or 'the hub'}, where ksag could not "
+            f"get them. Give config= (--config) the folder of a diffusers pipeline of the same kind; its weights are not needed. "
+            f"({error})"
         ) from error
     except (ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path.name} does not fit {_configs(config)}. ({error})") from error
@@ -215,13 +219,16 @@ def _index_of(path_or_id: str | Path) -> dict[str, Any]:
     if path.suffix or path.is_absolute() or str(path_or_id).startswith(".") or str(path_or_id).count("/") != 1:
         raise FileNotFoundError(f"There is no file or folder {path_or_id}, and a hub id is owner/name.")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return json.loads(Path(hf_hub_download(str(path_or_id), "model_index.json")).read_text())
-    except OSError as error:
+    except LocalEntryNotFoundError as error:
         raise OSError(
-            f"There is no folder {path_or_id}, and from the hub it cannot be had: {str(error).splitlines()[0]}"
+            f"There is no folder {path_or_id} here, and the hub cannot be reached. Give the folder of a pipeline."
         ) from error
+    except OSError as error:
+        raise OSError(f"There is no folder {path_or_id} here, and the hub says: {' '.join(str(error).split())}") from error
 
 
 def _folder(path: Path) -> str:
@@ -230,8 +237,8 @@ def _folder(path: Path) -> str:
         name = json.loads((path / "config.json").read_text()).get("_class_name", "model")
         return f"the folder of a {name} alone. Give the folder of the whole pipeline, which holds model_index.json"
     if files := sorted(path.glob("*.safetensors")):
-        return f"no diffusers folder, for it has no model_index.json. Give one of its files, such as {files[0]}"
-    return "no diffusers folder, for it has no model_index.json"
+        return f"not the folder of a diffusers pipeline: it has no model_index.json. Give one of its files, such as {files[0]}"
+    return "not the folder of a diffusers pipeline: it has no model_index.json"
 
 
 def _check_index(index: dict[str, Any], path_or_id: str | Path) -> None:
@@ -240,6 +247,10 @@ def _check_index(index: dict[str, Any], path_or_id: str | Path) -> None:
         raise ValueError(f"{path_or_id} needs code of its own ({name}), which ksag does not run. {SUPPORTED}.")
     if index.get("unet") != ["diffusers", "UNet2DConditionModel"] or "vae" not in index:
         raise ValueError(f"{path_or_id} is a {name}. {SUPPORTED}: pipelines with a UNet and a VAE.")
+    for part in "text_encoder", "text_encoder_2":
+        _, encoder = index.get(part) or (None, None)
+        if encoder is not None and "CLIP" not in encoder:
+            raise ValueError(f"{path_or_id} is a {name} whose {part} is a {encoder}. {SUPPORTED}, whose text encoders are CLIP's.")
 
 
 def _only_variant(folder: Path) -> str | None:

@@ -30,8 +30,8 @@ def conditioning(
 
         cond, uncond = conditioning(pipe, ["a cat", "a dog"], "blurry", n=2)   # four rows each
 
-    A prompt longer than the text encoder's 77 tokens is encoded in chunks, as in ComfyUI and A1111: up to 75 tokens each between
-    a begin and an end token, one after the other along the tokens. The cuts are where ComfyUI's are. A prompt shorter than another
+    A prompt of more than 75 tokens is encoded in chunks, as in ComfyUI and A1111: up to 75 tokens each between a begin and an
+    end token, one after the other along the tokens. The cuts are where ComfyUI's are. A prompt shorter than another
     in its list is filled up with empty chunks. Where cond and uncond are of different lengths, both are repeated to their least
     common multiple, which leaves what the UNet attends to as it is. Parentheses and other weights are not interpreted.
 
@@ -41,8 +41,8 @@ def conditioning(
         negative_prompt: what uncond is made of: one, or one for each prompt; by default what the pipeline takes for none,
             an empty one, or zeros (as a rule SDXL's).
         prompt_2, negative_prompt_2: for SDXL's second text encoder; by default the same.
-        clip_skip: how many of the text encoder's last layers to leave out, in prompts and negative prompts. In A1111, this is
-            "Clip skip" less 1.
+        clip_skip: how many of the text encoder's last layers to leave out, in prompts and negative prompts, as diffusers counts.
+            In A1111, this is "Clip skip" less 1; for SDXL, whose default is the last layer but one, "Clip skip" less 2.
         n: pictures for each prompt.
         size: (height, width) in pixels, which SDXL is told; by default what it was trained at.
         control: the picture for the pipeline's ControlNet: PIL, or a tensor (1, 3, H, W) in [0, 1], or one for each prompt; for

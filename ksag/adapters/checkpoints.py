@@ -17,6 +17,17 @@ FLOW = f"Its flow matching and its joint attention are not supported: {SUPPORTED
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 
+LOAD = "pipe = ksag.adapters.diffusers.load(MODEL)"
+
+SAVE = "pipe.save_pretrained('folder'). Then load('folder'), or ksag sample --pipeline folder"
+"""How advice ends that makes a pipeline in Python."""
+
+CONVERT = (
+    "Stable Diffusion (for XL with StableDiffusionXLPipeline), in Python: "
+    f"pipe = diffusers.StableDiffusionPipeline.from_single_file({{path!r}}); {SAVE}."
+)
+"""diffusers opens a pickle with weights_only=True, which runs nothing in it."""
+
 
 class Header(NamedTuple):
     """What stands at the beginning of a .safetensors file."""
@@ -35,6 +46,13 @@ class Header(NamedTuple):
         return any(key.startswith(prefixes) for key in self.shapes)
 
 
+def pickle(path: Path) -> str:
+    return (
+        f"{path.name} is a {path.suffix} file, a pickle, which can run any program when it is loaded, so ksag does not load it. "
+        f"Look for the same model as .safetensors, or convert it."
+    )
+
+
 def read_header(path: Path) -> Header:
     """The header of a .safetensors file.
 
@@ -42,10 +60,7 @@ def read_header(path: Path) -> Header:
         ValueError: it is something else; the message says what.
     """
     if path.suffix.lower() in PICKLES:
-        raise ValueError(
-            f"{path.name} is a {path.suffix} file, a pickle, which can run any program when it is loaded, so ksag does not. Most "
-            f"models come as .safetensors too; else convert it, where you trust it."
-        )
+        raise ValueError(f"{pickle(path)} {CONVERT.format(path=str(path))}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return Header({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, file.metadata() or {})  # noqa: SIM118
@@ -54,7 +69,9 @@ def read_header(path: Path) -> Header:
             begin = file.read(100)
         if b"git-lfs" in begin:
             raise ValueError(f"{path.name} is a Git LFS pointer, not the file that it points to. Download that.") from None
-        raise ValueError(f"{path.name} is no whole .safetensors file. Download it again. ({error})") from None
+        if path.suffix.lower() != ".safetensors":
+            raise ValueError(f"{path.name} is not a .safetensors file, and ksag takes no other. Give the model as one.") from None
+        raise ValueError(f"{path.name} is damaged, or not a .safetensors file. Download it again. ({error})") from None
 
 
 class Other(NamedTuple):
@@ -69,42 +86,44 @@ class Other(NamedTuple):
 # In this order, because a LoRA has the names of the layers that it changes, and an architecture those of its parts.
 OTHERS = (
     Other(
-        "a LoRA", (r"lora_(up|down|A|B)\b", r"\.lora\.", r"^lora_", r"\.hada_w1", r"\.lokr_w", r"\.oft_"),
-        "Load the model that it changes, then call pipe.load_lora_weights({path!r})",
+        "a LoRA, not a whole model", (r"lora_(up|down|A|B)\b", r"\.lora\.", r"^lora_", r"\.hada_w1", r"\.lokr_w", r"\.oft_"),
+        f"In Python, where MODEL is the one that it changes: {LOAD}; pipe.load_lora_weights({{path!r}}); pipe.fuse_lora(); "
+        f"pipe.unload_lora_weights(); {SAVE}",
     ),
     Other(
-        "an IP-Adapter", (r"^image_proj\.", r"^ip_adapter\."),
-        "Load a model, then call pipe.load_ip_adapter; docs/diffusers.md has the rest",
+        "an IP-Adapter, not a whole model", (r"^image_proj\.", r"^ip_adapter\."),
+        "It works from Python alone: load a model, then pipe.load_ip_adapter; docs/diffusers.md has the rest",
     ),
-    Other("a motion module, for video,", (r"motion_modules?\.",), SUPPORTED),
+    Other("a motion module, for video", (r"motion_modules?\.",), SUPPORTED),
     Other(
-        "a ControlNet", (r"^control_model\.", r"controlnet_", r"input_hint_block", r"zero_convs\."),
-        "Load it with diffusers' ControlNetModel.from_single_file({path!r}), and make a pipeline of it and a model with "
-        "StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=controlnet)",
-    ),
-    Other(
-        "a T2I-Adapter", (r"^(adapter\.)?body\.\d",),
-        "Load it with diffusers' T2IAdapter; docs/diffusers.md shows how it goes in",
+        "a ControlNet, not a whole model", (r"^control_model\.", r"controlnet_", r"input_hint_block", r"zero_convs\."),
+        "It works from Python alone: controlnet = ControlNetModel.from_single_file({path!r}), then "
+        "StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=controlnet); docs/diffusers.md has the rest",
     ),
     Other(
-        "a textual inversion", (r"^emb_params$", r"^string_to_param", r"^clip_[lg]$", r"^<.*>$"),
-        "Load a model, then call pipe.load_textual_inversion({path!r})",
+        "a T2I-Adapter, not a whole model", (r"^(adapter\.)?body\.\d",),
+        "It works from Python alone, with diffusers' T2IAdapter; docs/diffusers.md shows how it goes in",
+    ),
+    Other(
+        "a textual inversion, not a whole model", (r"^emb_params$", r"^string_to_param", r"^clip_[lg]$", r"^<.*>$"),
+        f"In Python, where MODEL is the one that it is for: {LOAD}; pipe.load_textual_inversion({{path!r}}); {SAVE}",
     ),
     Other("a Stable Diffusion 3 model", (r"joint_blocks\.",), FLOW),
     Other(
-        "a Flux model, or one like it,", (r"double_blocks\.", r"double_stream", r"single_transformer_blocks\."),
+        "a Flux model, or one like it", (r"double_blocks\.", r"double_stream", r"single_transformer_blocks\."),
         FLOW,
     ),
     Other("a Stable Cascade model", (r"clip_txt_mapper", r"clip_txt_pooled_mapper", r"\.channelwise\."), SUPPORTED),
     Other(
-        "a UNet alone, without VAE and text encoder,",
+        "a UNet alone, without VAE and text encoder",
         (r"(^|diffusion_model\.)input_blocks\.0\.", r"^down_blocks\.\d+\.attentions"),
-        "Load the model that it was made from, and put it in: pipe.unet = "
-        "UNet2DConditionModel.from_single_file({path!r}, config=FOLDER_OR_ID, subfolder='unet')",
+        f"In Python, where MODEL is the one that it was made from: {LOAD}; pipe.unet = "
+        f"diffusers.UNet2DConditionModel.from_single_file({{path!r}}, config=MODEL, subfolder='unet'); {SAVE}",
     ),
     Other(
         "a VAE alone", (r"(^|^vae\.|first_stage_model\.)(encoder|decoder)\.(conv_in|mid|mid_block|down|up|\w+_blocks)\.",),
-        "Load a model, and put it in: pipe.vae = AutoencoderKL.from_single_file({path!r})",
+        f"In Python, where MODEL is the one that it is for: {LOAD}; pipe.vae = "
+        f"diffusers.AutoencoderKL.from_single_file({{path!r}}, config=MODEL, subfolder='vae'); {SAVE}",
     ),
     Other(
         "a text encoder alone",
@@ -113,6 +132,19 @@ OTHERS = (
     ),
     Other("a diffusion transformer", (r"(transformer_)?blocks\.\d", r"layers\.\d"), SUPPORTED),
 )  # fmt: skip
+
+
+def other_kind(header: Header) -> Other | None:
+    return next((other for other in OTHERS if header.any(*other.patterns)), None)
+
+
+def describe(other: Other, path: Path) -> str:
+    return f"{path.name} is {other.name}. {other.advice.format(path=str(path))}."
+
+
+def is_checkpoint(header: Header) -> bool:
+    """Whether it is one of Stable Diffusion, whole or not: a UNet and more."""
+    return header.starts(UNET + "input_blocks.0.") and header.starts(VAE, *TEXT)
 
 
 def check_whole(header: Header, path: Path) -> None:
@@ -126,16 +158,14 @@ def check_whole(header: Header, path: Path) -> None:
             f"{path.name} is a k-diffusion model, with its config in its metadata. Load it with ksag.zoo.load({str(path)!r}), or "
             f"ksag sample --weights."
         )
-    unet, vae, text = (header.starts(*part) for part in ((UNET + "input_blocks.0.",), (VAE,), TEXT))
-    if unet and vae and text:
+    if is_checkpoint(header):
+        for part, prefixes in {"VAE": (VAE,), "text encoder": TEXT}.items():
+            if not header.starts(*prefixes):
+                raise ValueError(f"{path.name} is a Stable Diffusion checkpoint without its {part}. Give one that holds it.")
         return _check_channels(header, path)
-    if unet and (vae or text):
-        missing = "text encoder" if vae else "VAE"
-        raise ValueError(f"{path.name} is a Stable Diffusion checkpoint without its {missing}. Give one that holds it.")
-    for other in OTHERS:
-        if header.any(*other.patterns):
-            raise ValueError(f"{path.name} is {other.name} rather than a whole model. {other.advice.format(path=str(path))}.")
-    raise ValueError(f"{path.name} is no model that ksag knows: its tensors are {_some(header.shapes)}. {SUPPORTED}.")
+    if other := other_kind(header):
+        raise ValueError(describe(other, path))
+    raise ValueError(f"{path.name} is not a model that ksag knows: its tensors are {_some(header.shapes)}. {SUPPORTED}.")
 
 
 def _check_channels(header: Header, path: Path) -> None:
