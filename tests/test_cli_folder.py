@@ -7,7 +7,13 @@ import time
 import psutil
 import pytest
 import torch
+from PIL import Image
+from tqdm import tqdm
 
+from ksag.commands.folder import Folder
+from ksag.commands.processes import Process
+from ksag.commands.sample import into_folder
+from ksag.commands.sampling import Sampling
 from tests.commands import invoke, pixels, process, save_small_model, text
 
 
@@ -68,8 +74,10 @@ def test_a_second_run_makes_what_is_missing_and_a_longer_one_goes_on(sample, tmp
     assert unchanged(folder) == after
 
 
-def test_a_picture_that_is_made_later_is_the_same_file(sample, tmp_path):
-    """Its batch is made whole, so that it has its place in it."""
+def test_a_picture_that_is_made_later_is_made_in_its_batch(sample, tmp_path, monkeypatch):
+    """A GPU rounds by a sample's place in it; a CPU does not, so that the files alone would not tell."""
+    made, pictures = [], Sampling.pictures
+    monkeypatch.setattr(Sampling, "pictures", lambda self, seeds: made.append(list(seeds)) or pictures(self, seeds))
     folder = tmp_path / "a"
     sample("--n", 5, "--batch-size", 2, "--out", folder)
     whole = {name: (folder / name).read_bytes() for name in names(folder)}
@@ -77,6 +85,25 @@ def test_a_picture_that_is_made_later_is_the_same_file(sample, tmp_path):
     (folder / "000004.png").unlink()
     sample("--n", 5, "--batch-size", 2, "--out", folder)
     assert {name: (folder / name).read_bytes() for name in names(folder)} == whole
+    assert made == [[0, 1], [2, 3], [4, 4], [0, 1], [4, 4]]
+
+
+def test_processes_make_the_batches_of_one(tmp_path):
+    made = []
+
+    def make(seeds):
+        made.append(list(seeds))
+        return [Image.new("RGB", (1, 1)) for _ in seeds]
+
+    for rank in 1, 0:
+        process = Process(rank, 2, torch.device("cpu"))
+        into_folder(Folder(tmp_path, {}), range(7), 2, process, make, str, tqdm(total=7, disable=True))
+    assert made == [[2, 3], [6, 6], [0, 1], [4, 5]] and len(list(tmp_path.glob("*.png"))) == 7
+    made.clear()
+    for rank in 1, 0:
+        process = Process(rank, 2, torch.device("cpu"))
+        into_folder(Folder(tmp_path, {}), range(10, 13), 8, process, make, str, tqdm(total=3, disable=True))
+    assert made == [[12, 12], [10, 11]]  # smaller batches rather than an idle process
 
 
 @pytest.mark.parametrize(
