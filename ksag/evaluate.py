@@ -188,7 +188,7 @@ def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder." if folder.exists() else f"There is no folder {folder}.")
+        raise FileNotFoundError(f"{folder} is a file, not a folder." if folder.exists() else f"There is no folder {folder}.")
     found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
     if not found:
         raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}).")

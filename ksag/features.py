@@ -192,7 +192,7 @@ def load(name: str, device: str | torch.device = "cpu", weights: str | os.PathLi
         ValueError: no such name, or the file is damaged.
     """
     if name not in EXTRACTORS:
-        raise ValueError(f"{name!r} is no name of features: give one of {', '.join(EXTRACTORS)}.")
+        raise ValueError(f"There are no features called {name!r}: give one of {', '.join(EXTRACTORS)}.")
     if name == "emoji":
         return load_classifier(CLASSIFIER if weights is None else weights, device)
     if name == "dinov2" and weights is not None:

@@ -57,15 +57,15 @@ def test_conditioning_is_one_hot_category_beside_one_hot_style():
         (
             (["Objects", "Food"],),
             ValueError,
-            r"'Food' is none of .* categories: did you mean 'Food & Drink'\? It knows Smileys & Emo",
+            r"'Food' is not one of .* categories: did you mean 'Food & Drink'\? It knows Smileys & Emo",
         ),
         (
             (["Objects"], ["notto"]),
             ValueError,
-            r"'notto' is none of .* styles: did you mean 'noto'\? It knows noto, noto-v1, .*None",
+            r"'notto' is not one of .* styles: did you mean 'noto'\? It knows noto, noto-v1, .*None",
         ),
         ((["Objects"], ["noto", None]), ValueError, "Give a category and a style for each sample, got 1 categories and 2 styles"),
-        (([6],), ValueError, "6 is none of the bundled model's categories: It knows Smileys"),
+        (([6],), ValueError, "6 is not one of the bundled model's categories: It knows Smileys"),
         (("Objects",), TypeError, "categories is a list with a name, or None for any, for each sample; got 'Objects'"),
         ((["Objects"] * 4, "noto"), TypeError, "styles is a list .* got 'noto'"),
         ((None,), TypeError, "categories is a list .* got None"),

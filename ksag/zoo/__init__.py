@@ -72,8 +72,8 @@ def _read(weights: str | os.PathLike[str]) -> tuple[dict, dict[str, Tensor]]:
     if "config" not in metadata:
         raise ValueError(
             f"{weights} has no k-diffusion config in its metadata, so the model cannot be built. ksag.zoo.save writes one, and "
-            f"k-diffusion's convert_for_inference.py. Stable Diffusion and other UNets of diffusers are no models of the zoo: "
-            f"ksag.adapters.diffusers takes them."
+            f"k-diffusion's convert_for_inference.py. For Stable Diffusion and other UNets of diffusers use "
+            f"ksag.adapters.diffusers."
         )
     if "sha256" in metadata:
         if metadata["sha256"] != checksum(tensors, metadata):
@@ -179,7 +179,7 @@ def _one_hot_names(what: str, given: Sequence[str | None], names: tuple[str, ...
         if name is not None and name not in names:
             near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{name!r} is none of the bundled model's {what}: {hint}It knows {', '.join(names)}; None is any.")
+            raise ValueError(f"{name!r} is not one of the bundled model's {what}: {hint}It knows {', '.join(names)}; None is any.")
     rows = [[float(name == other) for other in names] for name in given]
     return torch.tensor(rows, device=device).reshape(len(given), len(names))
 
