@@ -52,6 +52,7 @@ ALONG_STEPS = (8, 16, 32, 64)
 JUDGED = (("euler", 24), ("dpmpp_2m", 24), ("dpmpp_2m", 12), ("dpmpp_2m_sde", 32))
 """What the last choice has to serve: the two usual ones, few steps, and noise added at every step."""
 ASSIGNED = ("sag_scale", "blur_sigma", "mask_threshold", "sigma_range", "one_pass", "every")
+"""What a row sets on the wrapper of its layer."""
 
 
 def frozen(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -536,7 +537,7 @@ def in_time(bench: Bench) -> Iterator[None]:
 @click.option("--batch", default=1000, show_default=True)
 @click.option("--seconds", type=float, default=math.inf, help="Stop after so many seconds.")
 @click.option("--limit", type=int, default=None, help="Only so many rows of the report, the first ones.")
-@click.option("--compile", "compiled", type=click.Choice(["no", "blocks", "whole"]), 
+@click.option("--compile", "compiled", type=click.Choice(["no", "blocks", "whole"]),
               show_default="blocks to choose, whole to report", help="On a GPU, what of the model to compile.")  # fmt: skip
 def main(stage, out, weights, folders, n, batch, seconds, limit, compiled):
     ends = time.time() + seconds
@@ -556,7 +557,7 @@ def main(stage, out, weights, folders, n, batch, seconds, limit, compiled):
         click.echo(f"{len(rows)} rows, {total / 1e6:.1f} million evaluations: {total / 25e3:.0f} s at 25,000 a second")
         return
     judges, shares = load_judges(folders, device)
-    compiled = compiled or {"choose": "blocks"}.get(stage, "whole")
+    compiled = compiled or ("blocks" if stage == "choose" else "whole")
     how = None if device.type == "cpu" else {"no": None, "blocks": compile_blocks, "whole": compile_whole}[compiled]
     bench = Bench(out, device, weights, judges, shares, batch, ends, rank, ranks, how)
     with in_time(bench):

@@ -12,11 +12,11 @@ COMMANDS = ("demo", "sample", "evaluate")
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether code of ksag raised it, which then says what to do."""
+    """Whether it comes from ksag's own code, and not from the model's or a library's, where the traceback says where."""
     last = error.__traceback__
     while last and last.tb_next:
         last = last.tb_next
-    return last is not None and last.tb_frame.f_globals["__name__"].partition(".")[0] == "ksag"
+    return last is not None and last.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "ksag"
 
 
 class Commands(click.Group):

@@ -218,7 +218,7 @@ class SAGDenoiser(nn.Module):
             else:
                 direction = only(acts, self._direction.last(sigma, u, with_sigma=True))
 
-            # In one pass, what is taken away now: it tells how far the last call's still goes, and serves the next call
+            # In one pass, what is taken away now: it weighs the direction, and the next call takes it over
             if looks and self.one_pass:
                 now = u - take_away(u, saliency, **blur)[1]
                 if asks:
@@ -303,8 +303,7 @@ class SAGDenoiser(nn.Module):
             steps[0].mask
 
         A call that is not guided (`sag_scale` 0, outside `sigma_range`), or that goes on with a kept direction (`every`), leaves no
-        step. In one pass, a step's saliency and mask are this call's, what is degraded is what the call before looked at, and the
-        direction counts as much as the two have in common.
+        step. In one pass, a step's saliency and mask are this call's, and what is degraded is what the call before looked at.
         """
         before, steps = self._traces.get(), Trace()
         self._traces.set((*before, steps))

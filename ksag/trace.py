@@ -21,7 +21,8 @@ class TraceStep(NamedTuple):
     degraded: Tensor
     """(b, c, h, w) d: u, blurred under the mask; in one pass, u without what the call before took away."""
     reevaluated: Tensor
-    """(b, c, h, w) r: what the model makes of the degraded latent. SAG adds (d − r) · sag_scale to the guided prediction."""
+    """(b, c, h, w) r: what the model makes of the degraded latent. SAG adds (d − r) · sag_scale to the guided prediction, in one
+    pass times `ksag.sag.overlap`."""
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value}" for name, value in zip(COLUMNS, self._cells(), strict=True))

@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import ksag
 from ksag import cfg
+from ksag.runs import Run
+from ksag.sag import overlap
 from ksag.samplers import SAMPLERS, sample
 from tests import reference
 from tests.models import inputs, make_denoiser
@@ -419,6 +421,18 @@ def test_log_likelihood_runs_upwards(form):
     assert first.isfinite().all()
     guided.reset()  # it ends high, so that the next run would not be seen to begin
     assert torch.equal(likelihood(guided), first)
+
+
+def test_half_precision_holds_the_sums_of_what_two_calls_have_in_common():
+    delta = torch.full((1, 4, 64, 64), 20.0, dtype=torch.float16)  # its square sums to 6.6 million
+    assert overlap(delta, delta) == 1 and overlap(delta, delta / 2) == 0.5 and overlap(delta, -delta) == 0
+
+
+def test_a_direction_kept_at_sigma_zero_stays_finite():
+    run = Run()
+    for sigma in 0.0, 1.0:
+        run.keep(torch.zeros(1), torch.ones(1, 3, 2, 2))
+        assert run.last(torch.tensor([sigma]), torch.ones(1, 3, 2, 2), with_sigma=True).eq(0).all()
 
 
 # Beside everything else

@@ -116,6 +116,14 @@ def test_the_page_says_what_the_cheaper_forms_keep():
     assert "`every=2` keeps {} and {} %, and `every=3` {} and {} %".format(*both[1], *both[2]) in text
     few = {str(form): kept(steps=12, **form) for form in ({"one_pass": True}, {"every": 2}, {"every": 3})}
     assert few.pop("{'one_pass': True}") > 100 and "more than all of it" in text
+    wanted = {"schedule": {"sigma_min": 0.08, "sigma_max": 80.0, "rho": 4.0}, "sampler": "euler", "seeds": 2}
+    settings = {**FORMS, "sag_scale": 3.0}
+    sags = [sorted([k, v] for k, v in {**settings, **form}.items())
+            for form in ({}, {"one_pass": True, "every": 2}, {"one_pass": True, "every": 3})]  # fmt: skip
+    plain, exact, second, third = (found(sag=sag, **wanted)[0] for sag in (None, *sags))
+    shares = [round(100 * (plain - fd) / (plain - exact)) for fd in (second, third)]
+    parameters = " ".join((ROOT / "docs/parameters.md").read_text().split())
+    assert "keep {} % at `every=2`; at `every=3`, 1.17 times plain guidance's time, {} %".format(*shares) in parameters
     assert all(share < 0 for share in few.values()) and "`every` does harm" in text
 
 

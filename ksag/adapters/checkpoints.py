@@ -46,7 +46,7 @@ class Header(NamedTuple):
         return any(key.startswith(prefixes) for key in self.shapes)
 
 
-def pickle(path: Path) -> str:
+def about_pickle(path: Path) -> str:
     return (
         f"{path.name} is a {path.suffix} file, a pickle, which can run any program when it is loaded, so ksag does not load it. "
         f"Look for the same model as .safetensors, or convert it."
@@ -60,7 +60,7 @@ def read_header(path: Path) -> Header:
         ValueError: it is something else; the message says what.
     """
     if path.suffix.lower() in PICKLES:
-        raise ValueError(f"{pickle(path)} {CONVERT.format(path=str(path))}")
+        raise ValueError(f"{about_pickle(path)} {CONVERT.format(path=str(path))}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return Header({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, file.metadata() or {})  # noqa: SIM118

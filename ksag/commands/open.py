@@ -104,7 +104,7 @@ def _check_weights(weights: Path) -> None:
         raise click.UsageError(f"{takes} {weights} is a folder. If it is a pipeline of diffusers, {instead}")
     if weights.suffix.lower() in checkpoints.PICKLES:
         raise click.UsageError(
-            f"{takes} {checkpoints.pickle(weights)} A k-diffusion model: with k-diffusion's convert_for_inference.py. "
+            f"{takes} {checkpoints.about_pickle(weights)} A k-diffusion model: with k-diffusion's convert_for_inference.py. "
             f"{checkpoints.CONVERT.format(path=str(weights))}"
         )
     header = checkpoints.read_header(weights)
