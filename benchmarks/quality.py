@@ -51,7 +51,7 @@ SCHEDULE = {"sigma_min": 0.04, "sigma_max": 80.0, "rho": 7.0}
 ALONG_STEPS = (8, 16, 32, 64)
 JUDGED = (("euler", 24), ("dpmpp_2m", 24), ("dpmpp_2m", 12), ("dpmpp_2m_sde", 32))
 """What the last choice has to serve: the two usual ones, few steps, and noise added at every step."""
-ASSIGNED = ("sag_scale", "blur_sigma", "mask_threshold", "sigma_range", "one_pass", "every")
+ASSIGNED = ("sag_scale", "blur_sigma", "blur_kernel_size", "mask_threshold", "sigma_range", "one_pass", "every")
 """What a row sets on the wrapper of its layer."""
 
 
@@ -348,6 +348,13 @@ def best(bench: Bench, results: dict[str, dict[str, Any]], groups: dict[Any, lis
     return sorted(scores, key=lambda score: score[0])
 
 
+def gentlest(scored: list[tuple[float, str]], settings: dict[str, dict[str, Any]], within: float = 1.03) -> str:
+    """Of the settings that are as good as the best, within the noise: the one that leaves the last steps alone, then the weakest.
+    Too much SAG shows as specks, which come from the last steps, before distances tell."""
+    good = [name for score, name in scored if score < within * scored[0][0]]
+    return min(good, key=lambda name: (-settings[name]["sigma_range"][0], settings[name]["sag_scale"]))
+
+
 def choose(bench: Bench, n: int) -> None:
     base: dict[str, Any] = {"n": n, "seeds": CHOICE_SEEDS}
 
@@ -396,15 +403,16 @@ def choose(bench: Bench, n: int) -> None:
     settings = leading[0]
     save_choice(bench, settings=settings)
 
-    # Where it looks, and at which noise levels
+    # Where it looks, how far the blur spans, and at which noise levels
     wider = {str(s): s for s in (
         settings,
         *({**settings, "mask_threshold": threshold} for threshold in (0.0, 0.7, 0.85, 1.15, 1.3, 1.6)),
+        *({**settings, "blur_kernel_size": 17, "blur_sigma": blur} for blur in (3.0, 4.5)),
         *({**settings, "sigma_range": span} for span in itertools.product((0.0, 0.1, 0.3, 0.8), (1.5, 4.0, 12.0, math.inf))
           if span != (0.0, math.inf)),
         *leading[1:4],
     )}  # fmt: skip
-    found = [wider[name] for name in rank({name: rows_of(s) for name, s in wider.items()}, "threshold and sigma_range")]
+    found = [wider[name] for name in rank({name: rows_of(s) for name, s in wider.items()}, "threshold, kernel and sigma_range")]
     settings = found[0]
     save_choice(bench, settings=settings)
 
@@ -414,11 +422,12 @@ def choose(bench: Bench, n: int) -> None:
     last = {str(s): s for s in (
         {**settings, "sag_scale": scale, "sigma_range": (low, high)} for scale in scales for low in (0.0, 0.3)
     )}  # fmt: skip
-    results = bench.run([row for s in last.values() for row in rows_of(s, JUDGED)])
-    scored = best(bench, results, {name: rows_of(s, JUDGED) for name, s in last.items()})
+    groups = {name: rows_of(s, JUDGED) for name, s in last.items()}
+    results = bench.run([row for rows in groups.values() for row in rows])
+    scored = best(bench, results, groups)
     bench.log("once more, best first: " + "; ".join(f"{score:.3f} {name}" for score, name in scored))
-    settings = min((last[name] for score, name in scored if score < 1.02 * scored[0][0]), key=lambda s: s["sag_scale"])
-    save_choice(bench, settings=settings)  # the weakest that is as good, within the noise: too much shows before distances tell
+    settings = last[gentlest(scored, last)]
+    save_choice(bench, settings=settings)
 
     # Beside classifier-free guidance: how strong then
     for cond_scale in (1.5, 3.0):
