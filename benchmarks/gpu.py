@@ -2,12 +2,14 @@
 
 On diffusers' UNet2DConditionModel at the shapes of Stable Diffusion 1.5 and XL, random weights, float16, channels last, side by
 side in one run, eager, as CUDA graphs, compiled, and both: plain classifier-free guidance (one pass of 2B), ksag and its floor
-(one pass of 2B and one of B), ksag in one pass, at each call and at every third, and its floor (one pass of 3B); and diffusers'
-own SAG pipeline. Times are medians of CUDA events over rounds in which each takes one step from an idle GPU, in random order,
-launched on one core of the host (Linux). CUDA graphs take three in a row, since under a sampler the host runs ahead of them, as
-do steps of which every third is another, and the pipeline two, of which the second counts. Ratios are medians and quartiles of
-the rounds' ratios; memory is the peak above what was there before the step, as a rule the weights. What the variants compute is
-compared with each other, and with the same weights in float32. Writes gpu.md and gpu.json.
+(one pass of 2B and one of B), ksag in one pass, at each call and at every third, and its floor (one pass of 3B); diffusers' own
+SAG pipeline; and with --comfyui ComfyUI's node. Times are medians of CUDA events over rounds in which each takes one step from an
+idle GPU, in random order, launched on one core of the host (Linux). CUDA graphs take three in a row, since under a sampler the
+host runs ahead of them, as do steps of which every third is another, and the pipeline two, of which the second counts. Ratios are
+medians and quartiles of the rounds' ratios; at batch 1 they are taken of whole runs of `sample_euler` too, which like most
+samplers reads sigma on the host itself. Memory is the peak above what was there before the step, as a rule the weights. What the
+variants compute is compared with each other, and with the same weights in float32. Writes gpu.md and gpu.json; what gpu.json
+holds already is not measured again.
 """
 
 import contextlib
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import comfyui
+import k_diffusion as K
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from measure import Step, peak_bytes, seconds
@@ -50,6 +54,7 @@ TIMED = [("SD 1.5", 64, 1), ("SD 1.5", 64, 4), ("SDXL", 128, 1), ("SDXL", 128, 4
 COMPILED_TOO = [("SD 1.5", 64, 1), ("SDXL", 128, 1)]
 """A UNet takes minutes to compile."""
 IN_A_ROW = 3
+RUN_STEPS = 12
 SIDES = (64, 128, 256)
 EAGER, GRAPHED, COMPILED, BOTH = MODES = ("eager", "CUDA graphs", "compiled", "compiled, CUDA graphs")
 CFG, FLOOR, SAG, FLOOR_ONE, ONE, THIRD = FORMS = (
@@ -237,6 +242,16 @@ class Guided:
         in_a_row = IN_A_ROW if form == THIRD or self.mode in (GRAPHED, BOTH) else 1
         return seconds(guided_step(self.wrapper, self.inputs), DEVICE, in_a_row)
 
+    def seconds_in_a_run(self, form: str) -> float:
+        """A step of a whole run."""
+        if form != CFG:
+            self.set(form)
+        x, _, cond, uncond = self.inputs
+        extra_args = {"cond": cond, "uncond": uncond, "cond_scale": 7.5} | ({"sag_scale": 0.0} if form == CFG else {})
+        sigmas = self.wrapper.get_sigmas(RUN_STEPS)
+        run = partial(K.sampling.sample_euler, self.wrapper, x, sigmas, extra_args=extra_args, disable=True)
+        return seconds(run, DEVICE) / RUN_STEPS
+
     def peak(self, form: str) -> int:
         self.set(form)
         step = guided_step(self.wrapper, self.inputs)
@@ -244,7 +259,7 @@ class Guided:
         return peak_bytes(step, DEVICE)
 
 
-def measure(model: str, side: int, batch: int, budget: float, compile_: bool) -> dict[str, Any]:
+def measure(model: str, side: int, batch: int, budget: float, compile_: bool, checkout: Path | None) -> dict[str, Any]:
     """Times and memory of every way to take the step, by name, and how near what they compute is."""
     inputs, shape = make_inputs(model, side, batch), {"model": model, "side": side, "batch": batch}
     bare = make_unet(model)  # what it is asked has no hooks
@@ -259,6 +274,7 @@ def measure(model: str, side: int, batch: int, budget: float, compile_: bool) ->
     outputs = {mode: computed(wrapper, inputs) for mode, wrapper in wrappers.items()}
 
     timers: dict[str, Callable[[], float]] = {}
+    in_a_run: dict[str, Callable[[], float]] = {}
     peaks: dict[str, int] = {}
     for mode, wrapper in wrappers.items():
         asked: Any = as_denoiser(bare, scheduler()) if mode in (EAGER, GRAPHED) else wrapper.inner_model
@@ -279,15 +295,21 @@ def measure(model: str, side: int, batch: int, budget: float, compile_: bool) ->
                 peaks[key(form, mode)] = peak_bytes(guided_step(wrapper, inputs), DEVICE)
             else:
                 peaks[key(form, mode)] = guided.peak(form)
+        if batch == 1 and side <= 128:
+            in_a_run |= {key(form, mode): partial(guided.seconds_in_a_run, form) for form in (CFG, *SETTINGS)}
     if model == "SD 1.5":
         timers[PIPELINE] = sag_pipeline(bare, inputs)
-    for timer in [*timers.values()] * 2:  # a wrapper's first step is checked, and therefore eager
+        if checkout is not None:
+            steps_there = comfyui.steps(checkout, side, batch, DEVICE, DTYPE)
+            timers |= {name: partial(seconds, step, DEVICE) for name, step in steps_there.items()}
+    for timer in [*timers.values(), *in_a_run.values()] * 2:  # a wrapper's first step is checked, and therefore eager
         timer()
     return {
         **shape, "peaks": peaks, "first_calls": first_calls, "tokens": exact.masked.numel(),
         "from_float32": {mode: differences(output, exact) for mode, output in outputs.items()},
         "from_eager": {mode: differences(output, outputs[EAGER]) for mode, output in outputs.items()},
         "times": rounds(timers, budget, case(shape)),
+        "times_in_a_run": rounds(in_a_run, budget / 2, f"{case(shape)}, in a run") if in_a_run else {},
     }  # fmt: skip
 
 
@@ -363,6 +385,22 @@ def steps_table(results: list[dict[str, Any]]) -> str:
         if PIPELINE in times:
             middle = f"{statistics.median(times[PIPELINE]) * 1e3:.1f} ms"
             rows.append([PIPELINE, middle, ratio(times, PIPELINE, key(FLOOR, EAGER)), ratio(times, PIPELINE, key(CFG, EAGER)), ""])
+        for name in (comfyui.CFG, comfyui.SAG):
+            if name in times:
+                rows.append([name, f"{statistics.median(times[name]) * 1e3:.1f} ms", "", ratio(times, name, comfyui.CFG), ""])
+    return table(*rows)
+
+
+def runs_table(results: list[dict[str, Any]]) -> str:
+    results = [r for r in results if r.get("times_in_a_run")]
+    if not results:
+        return ""
+    rows = [[f"a step in `sample_euler`, {RUN_STEPS} steps: over plain CFG", *map(case, results)]]
+    for mode in MODES:
+        for form in SETTINGS:
+            ratios = [ratio(r["times_in_a_run"], key(form, mode), key(CFG, mode)) for r in results]
+            if any(ratios):
+                rows.append([key(form, mode), *ratios])
     return table(*rows)
 
 
@@ -407,10 +445,9 @@ def memory_table(memories: list[dict[str, Any]]) -> str:
 def report(run: dict[str, Any]) -> str:
     """gpu.md, from what gpu.json holds."""
     steps, machine = run["steps"], f"{run['gpu']}, torch {run['torch']}, float16, channels last."
-    tables = (
-        steps_table(steps), pipeline_table(steps), first_calls_table(steps), differences_table(steps), memory_table(run["memory"]),
-    )  # fmt: skip
-    return "\n\n".join((machine, *tables)) + "\n"
+    tables = [steps_table(steps), runs_table(steps), pipeline_table(steps), first_calls_table(steps), differences_table(steps)]
+    tables.append(memory_table(run["memory"]))
+    return "\n\n".join(filter(None, [machine, *tables])) + "\n"
 
 
 @click.command(help=__doc__)
@@ -418,18 +455,27 @@ def report(run: dict[str, Any]) -> str:
 @click.option("--model", "models", multiple=True, type=click.Choice(list(UNETS)), default=list(UNETS), show_default=True)
 @click.option("--seconds", "budget", default=60.0, show_default=True, help="How long to take rounds of each shape.")
 @click.option("--compile/--no-compile", "compile_", default=True, show_default=True)
+@click.option("--comfyui", "checkout", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None,
+              help="A checkout of ComfyUI, whose node is then timed too.")  # fmt: skip
 @torch.no_grad()
-def main(out: Path, models: tuple[str, ...], budget: float, compile_: bool) -> None:
+def main(out: Path, models: tuple[str, ...], budget: float, compile_: bool, checkout: Path | None) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("This measures a CUDA GPU, and there is none here. benchmarks/overhead.py runs on a CPU.")
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.backends.cudnn.allow_tf32 = False
     gc.disable()  # as timeit does; each case ends with a collection
-    run: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": [], "memory": []}
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    run: dict[str, Any] = {**machine, "steps": [], "memory": []}
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "gpu.json").exists():
+        run = json.loads((out / "gpu.json").read_text())
+        if any(run[name] != value for name, value in machine.items()):
+            raise click.ClickException(f"{out / 'gpu.json'} is of {run['gpu']} and torch {run['torch']}: choose another --out.")
+    there = {case(result) for result in run["steps"]}
 
     def write() -> None:
         """After every case, so that a run that is cut short leaves what it measured."""
+        run["steps"].sort(key=lambda result: TIMED.index((result["model"], result["side"], result["batch"])))
         (out / "gpu.md").write_text(report(run))
         (out / "gpu.json").write_text(json.dumps(run, indent=1) + "\n")
         torch._dynamo.reset()  # or the shapes together pass its limit of recompilations
@@ -437,12 +483,13 @@ def main(out: Path, models: tuple[str, ...], budget: float, compile_: bool) -> N
         torch.cuda.empty_cache()
 
     for model in models:
-        for side in tqdm(SIDES, desc=f"memory, {model}"):
-            run["memory"].append(memory(model, side))
-            write()
+        if model in {result["model"] for result in run["memory"]}:
+            continue
+        run["memory"] += [memory(model, side) for side in tqdm(SIDES, desc=f"memory, {model}")]
+        write()
     for shape in TIMED:
-        if shape[0] in models:
-            run["steps"].append(measure(*shape, budget, compile_ and shape in COMPILED_TOO))
+        if shape[0] in models and case(dict(zip(("model", "side", "batch"), shape, strict=True))) not in there:
+            run["steps"].append(measure(*shape, budget, compile_ and shape in COMPILED_TOO, checkout))
             write()
     click.echo(f"\n{(out / 'gpu.md').read_text()}")
 

@@ -361,8 +361,8 @@ def choose(bench: Bench, n: int) -> None:
     # Plain sampling at its best: one parameter of the schedule after the other
     schedule = dict(SCHEDULE)
     for name, values in (
-        ("sigma_min", (0.002, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)),
-        ("sigma_max", (40.0, 80.0, 160.0)),
+        ("sigma_max", (40.0, 80.0, 160.0, 320.0, 640.0, 1280.0)),
+        ("sigma_min", (0.002, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)),
         ("rho", (4.0, 5.5, 7.0, 9.0)),
     ):
         options = {
