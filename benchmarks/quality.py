@@ -170,8 +170,9 @@ def sample(
     if "sigmas" in parameters:
         return function(model, x, levels, **options)
     if "n" in parameters:
-        options["n"] = row.steps
-    return function(model, x, float(levels[-2]), float(levels[0]), **options)
+        options["n"] = row.steps - 1
+    x = function(model, x, float(levels[-2]), float(levels[0]), **options)
+    return model(x, levels[-2].expand(n), **extra_args)  # the other samplers' last step, to 0
 
 
 def conditioning(row: Row, batch: int, n: int, shares: Sequence[int], device: torch.device) -> dict[str, Any]:

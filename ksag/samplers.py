@@ -55,7 +55,8 @@ def sample(
         model: a denoiser, guided or not.
         shape: (c, h, w) of a sample.
         sigmas: (steps + 1,) noise levels, at least 2 steps, from the highest to 0, on the model's device. `dpm_fast` makes as
-            many model calls as there are steps, and `dpm_adaptive` takes only the highest and the lowest but 0 of them.
+            many model calls as there are steps, and `dpm_adaptive` takes only the highest and the lowest but 0 of them. Both
+            stop at the lowest, so that the result is what the model makes of that: the others' last step, to 0.
         seeds: one for each sample.
         extra_args: passed to the model at every call.
         callback: k-diffusion's, called at every step with a dict of `x`, `denoised`, `sigma`, `i` and more.
@@ -99,5 +100,7 @@ def sample(
     if "sigmas" in parameters:
         return function(model, x, sigmas, **options)
     if "n" in parameters:
-        options["n"] = len(sigmas) - 1
-    return function(model, x, float(sigmas[-2]), float(sigmas[0]), **options)
+        options["n"] = len(sigmas) - 2
+    x = function(model, x, float(sigmas[-2]), float(sigmas[0]), **options)
+    with torch.no_grad():
+        return model(x, sigmas[-2].expand(len(x)), **(extra_args or {}))

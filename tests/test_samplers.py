@@ -53,6 +53,28 @@ def test_sampler_gives_the_image_of_the_reference(denoiser, sampler):
     assert (result - unguided).norm() / expected.norm() > 1e-2
 
 
+class Sure(nn.Module):
+    """A model that is sure of its picture at every noise level."""
+
+    def forward(self, x, sigma):
+        return torch.full_like(x, 0.25)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_noise_is_left_however_high_the_lowest_level(sampler):
+    result = sample(sampler, Sure(), (3, 4, 4), K.sampling.get_sigmas_karras(6, 0.5, 10.0), [0, 1])
+    torch.testing.assert_close(result, torch.full_like(result, 0.25), rtol=0, atol=1e-5)
+
+
+def test_dpm_fast_makes_as_many_calls_as_there_are_steps(denoiser):
+    calls = []
+    denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
+    for steps in 2, 3, 7:
+        calls.clear()
+        sample("dpm_fast", denoiser, (3, 12, 12), K.sampling.get_sigmas_karras(steps, 0.05, 10.0), [0])
+        assert len(calls) == steps
+
+
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "dpm_adaptive"])
 def test_the_same_seed_gives_the_same_image_in_any_batch(denoiser, sampler):
     _, _, cond, uncond = inputs(3)
