@@ -6,10 +6,10 @@ side in one run, eager, as CUDA graphs, compiled, and both: plain classifier-fre
 SAG pipeline; and with --comfyui ComfyUI's node. Times are medians of CUDA events over rounds in which each takes one step from an
 idle GPU, in random order, launched on one core of the host (Linux). CUDA graphs take three in a row, since under a sampler the
 host runs ahead of them, as do steps of which every third is another, and the pipeline two, of which the second counts. Ratios are
-medians and quartiles of the rounds' ratios; at batch 1 they are taken of whole runs of `sample_euler` too, which like most
-samplers reads sigma on the host itself. Memory is the peak above what was there before the step, as a rule the weights. What the
-variants compute is compared with each other, and with the same weights in float32. Writes gpu.md and gpu.json; what gpu.json
-holds already is not measured again.
+medians and quartiles of the rounds' ratios; at batch 1 those of CUDA graphs are taken of whole runs of `sample_euler` too, which
+like most samplers reads sigma on the host itself. Memory is the peak above what was there before the step, as a rule the weights.
+What the variants compute is compared with each other, and with the same weights in float32. Writes gpu.md and gpu.json; what
+gpu.json holds already is not measured again.
 """
 
 import contextlib
@@ -295,7 +295,7 @@ def measure(model: str, side: int, batch: int, budget: float, compile_: bool, ch
                 peaks[key(form, mode)] = peak_bytes(guided_step(wrapper, inputs), DEVICE)
             else:
                 peaks[key(form, mode)] = guided.peak(form)
-        if batch == 1 and side <= 128:
+        if in_graphs and batch == 1 and side <= 128:
             in_a_run |= {key(form, mode): partial(guided.seconds_in_a_run, form) for form in (CFG, *SETTINGS)}
     if model == "SD 1.5":
         timers[PIPELINE] = sag_pipeline(bare, inputs)

@@ -47,7 +47,9 @@ STEPS = {
 }  # fmt: skip
 """A usual number for each sampler; `dpm_fast` makes so many calls of the model, and `dpm_adaptive` does as it likes."""
 TWO_CALLS = {"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"}
-SCHEDULE = {"sigma_min": 0.04, "sigma_max": 80.0, "rho": 7.0}
+USUAL_SCHEDULE = {"sigma_min": 0.04, "sigma_max": 80.0, "rho": 7.0}
+SCHEDULE = {"sigma_min": 0.32, "sigma_max": 160.0, "rho": 7.0}
+"""What `choose` starts from, and what it found for the bundled model."""
 ALONG_STEPS = (8, 16, 32, 64)
 JUDGED = (("euler", 24), ("dpmpp_2m", 24), ("dpmpp_2m", 12), ("dpmpp_2m_sde", 32))
 """What the last choice has to serve: the two usual ones, few steps, and noise added at every step."""
@@ -349,18 +351,11 @@ def best(bench: Bench, results: dict[str, dict[str, Any]], groups: dict[Any, lis
     return sorted(scores, key=lambda score: score[0])
 
 
-def gentlest(scored: list[tuple[float, str]], settings: dict[str, dict[str, Any]], within: float = 1.03) -> str:
-    """Of the settings that are as good as the best, within the noise: the one that leaves the last steps alone, then the weakest.
-    Too much SAG shows as specks, which come from the last steps, before distances tell."""
-    good = [name for score, name in scored if score < within * scored[0][0]]
-    return min(good, key=lambda name: (-settings[name]["sigma_range"][0], settings[name]["sag_scale"]))
-
-
 def choose(bench: Bench, n: int) -> None:
     base: dict[str, Any] = {"n": n, "seeds": CHOICE_SEEDS}
 
     # Plain sampling at its best: one parameter of the schedule after the other
-    schedule = dict(SCHEDULE)
+    schedule = dict(USUAL_SCHEDULE)
     for name, values in (
         ("sigma_max", (40.0, 80.0, 160.0, 320.0, 640.0, 1280.0)),
         ("sigma_min", (0.002, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)),
@@ -417,17 +412,14 @@ def choose(bench: Bench, n: int) -> None:
     settings = found[0]
     save_choice(bench, settings=settings)
 
-    # Strength again, and without the last steps, for all that it has to serve
+    # Strength again, for all that it has to serve, and without the last step: its direction would stay in the picture as it is, and
+    # frays edges, which no distance here tells
     high = next((s["sigma_range"][1] for s in found if "sigma_range" in s), math.inf)
-    scales = [round(settings["sag_scale"] * factor, 3) for factor in (0.35, 0.5, 0.7, 1.0)]
-    last = {str(s): s for s in (
-        {**settings, "sag_scale": scale, "sigma_range": (low, high)} for scale in scales for low in (0.0, 0.3)
-    )}  # fmt: skip
-    groups = {name: rows_of(s, JUDGED) for name, s in last.items()}
-    results = bench.run([row for rows in groups.values() for row in rows])
-    scored = best(bench, results, groups)
-    bench.log("once more, best first: " + "; ".join(f"{score:.3f} {name}" for score, name in scored))
-    settings = last[gentlest(scored, last)]
+    low = round(1.25 * schedule["sigma_min"], 3)
+    scales = [round(settings["sag_scale"] * factor, 3) for factor in (0.5, 0.7, 1.0, 1.4)]
+    last = {scale: {**settings, "sag_scale": scale, "sigma_range": (low, high)} for scale in scales}
+    scored = rank({scale: rows_of(s, JUDGED) for scale, s in last.items()}, "without the last step")
+    settings = last[scored[0]]
     save_choice(bench, settings=settings)
 
     # Beside classifier-free guidance: how strong then

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -212,12 +213,14 @@ def forms_table(results: Results, rows: Sequence[Row]) -> str:
 def strengths_table(results: Results, rows: Sequence[Row]) -> str:
     """The Fréchet distance over plain's, at each strength."""
     scales = sorted({row.settings["sag_scale"] for row in rows})
-    cases = sorted({(row.cond_scale or 0, -MAIN.index(row.sampler)): row for row in rows}.items())
+    cases: dict[tuple, dict[float, Row]] = defaultdict(dict)
+    for row in rows:
+        case = row.cond_scale or 0, list(STEPS).index(row.sampler), -row.steps, f"{steps(row)}, {condition(row)}"
+        cases[case][row.settings["sag_scale"]] = row
     body = []
-    for _, case in cases:
-        there = {row.settings["sag_scale"]: row for row in rows if (row.sampler, row.cond_scale) == (case.sampler, case.cond_scale)}
+    for case, there in sorted(cases.items()):
         cells = [f"{ratio(results, there[scale], FD):.3f}" if scale in there else "" for scale in scales]
-        body.append([f"{case.sampler}, {condition(case)}", *cells])
+        body.append([case[-1], *cells])
     return table(["`sag_scale`", *(f"{scale:g}" for scale in scales)], body)
 
 
@@ -279,7 +282,7 @@ def group_section(results: Results, group: Group, title: str) -> str:
     categories = ordered(exact(found, cond_scale=(1.0, 1.5, 3.0)))
     along = ordered(exact(found, sampler=MAIN))
     parts = {
-        "Unconditional, mean ± standard deviation over the sets of seeds": spread_table(main),
+        "Unconditional, mean ± standard deviation over the sets of seeds": spread_table(main) if main else "",
         "Each sampler at a usual number of steps": pairs_table(every, steps) if len(every) > len(main) else "",
         "By category, and with CFG": pairs_table(categories, lambda row: f"{row.sampler}, {condition(row)}") if categories else "",
         "Along steps": pairs_table(along, steps) if len(along) > len(main) else "",
@@ -319,10 +322,17 @@ def choice_section(results: Results, rows: Sequence[Row], chosen: Group) -> str:
     ])  # fmt: skip
 
 
+def folded(title: str, parts: Sequence[str]) -> str:
+    return f'??? note "{title}"\n\n' + textwrap.indent("\n\n".join(parts), "    ")
+
+
 def report(results: Results, choice: dict[str, Any]) -> str:
     chosen = Group(frozen(choice["settings"]), frozen(choice["schedule"]))
     groups = dict.fromkeys(group_of(row) for row in results if row.sag is not None and row.seeds in REPORT_SEEDS)
-    others = [group for group in groups if group != chosen]
+    others = [group for group in groups if group != chosen and group.schedule == chosen.schedule]
+    elsewhere = [
+        group_section(results, group, "Settings of another schedule") for group in groups if group.schedule != chosen.schedule
+    ]
     tried = [row for row in results if row.sag is not None and row.seeds == CHOICE_SEEDS and row.schedule == chosen.schedule]
     return "\n\n".join([
         "FD and KID by the bundled classifier, against the pictures that the model was trained on; the second judge is another "
@@ -330,6 +340,7 @@ def report(results: Results, choice: dict[str, Any]) -> str:
         "row's batches but for its first, which may include compiling.",
         *([group_section(results, chosen, "At the recommended settings")] if chosen in groups else []),
         *(group_section(results, group, "At other settings") for group in others),
+        *([folded("At other schedules", elsewhere)] if elsewhere else []),
         *([choice_section(results, [row for row in tried if row.plain in results], chosen)] if tried else []),
     ]) + "\n"  # fmt: skip
 

@@ -4,6 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
+import comfyui
 import gpu
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,40 @@ def test_the_performance_pages_first_table_is_that_of_the_run():
     ):
         ratios = " | ".join(f"{over_plain(result, form, mode):.2f}" for result in BATCH_ONE)
         assert f"\n| {NAMES[form]}, {mode} | {ratios} |\n" in page
+
+
+def test_the_performance_page_says_what_the_run_says():
+    page = " ".join((ROOT / "docs/performance.md").read_text().split())
+    small = BATCH_ONE[0]
+    times = small["times"]
+
+    def over(name, other, times=times):
+        return [a / b for a, b in zip(times[name], times[other], strict=True)]
+
+    one_eager, one_graphed = (gpu.key(gpu.ONE, mode) for mode in (gpu.EAGER, gpu.GRAPHED))
+    node = statistics.median(over(comfyui.SAG, comfyui.CFG))
+    eager, graphed = (statistics.median(over(gpu.PIPELINE, name)) for name in (one_eager, one_graphed))
+    assert f"ComfyUI's own node takes {node:.2f} times its plain step" in page
+    assert f"{eager:.2f} times as long as one pass, eager, and {graphed:.2f} times as long as one pass with CUDA graphs" in page
+    run = small["times_in_a_run"]
+    third = statistics.median(over(gpu.key(gpu.THIRD, gpu.GRAPHED), gpu.key(gpu.CFG, gpu.GRAPHED), run))
+    assert f"CUDA graphs, in `sample_euler` | {third:.2f} | |" in page and f"in `sample_euler` it is {third:.2f}" in page
+    parameters = (ROOT / "docs/parameters.md").read_text()
+    for form, name in ((gpu.SAG, "exact"), (gpu.ONE, "`one_pass=True`"), (gpu.THIRD, "`one_pass=True, every=3`")):
+        cost = statistics.median(over(gpu.key(form, gpu.GRAPHED), gpu.key(gpu.CFG, gpu.GRAPHED), run))
+        assert [line for line in parameters.splitlines() if line.startswith(f"| {name} |") and line.endswith(f"| {cost:.2f} |")]
+    low, _, high = statistics.quantiles(over(one_eager, gpu.key(gpu.FLOOR_ONE, gpu.EAGER)), n=4)
+    assert f"the quartiles of one pass over its floor are {low:.2f} to {high:.2f}" in page
+    bare = statistics.median(over(gpu.key(gpu.FLOOR_ONE, gpu.GRAPHED), gpu.key(gpu.CFG, gpu.GRAPHED)))
+    assert f"the three steps' passes alone are {(2 + bare) / 3:.2f}" in page
+    graphed = [
+        over(gpu.key(form, gpu.GRAPHED), gpu.key(floor, gpu.GRAPHED), r["times"])
+        for r in RUN["steps"] for form, floor in gpu.FLOORS.items()
+    ]  # fmt: skip
+    added = [100 * statistics.median(x) - 100 for x in graphed]
+    assert f"ksag adds {min(added):.0f} to {max(added):.0f} % to its passes (CUDA graphs)" in page
+    held = [r["peaks"][gpu.key(gpu.ONE, gpu.EAGER)] / r["peaks"][gpu.key(gpu.FLOOR_ONE, gpu.EAGER)] for r in RUN["steps"]]
+    assert max(held) <= 1.004 and "within 1.004 of the bare pass of 3B" in page
 
 
 def test_the_readmes_table_of_quality_is_that_of_the_rows():

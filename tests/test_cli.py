@@ -50,12 +50,12 @@ def bundled(*args, **options):
 
 def test_demo(tmp_path):
     out = tmp_path / "demo.png"
-    output = invoke("demo", "--steps", 3, "--n", 2, "--seed", 8, "--category", "animals,food", "--device", "cpu", "--out", out)
+    output = invoke("demo", "--steps", 4, "--n", 2, "--seed", 8, "--category", "animals,food", "--device", "cpu", "--out", out)
     scale, sigma = zoo.SETTINGS["sag_scale"], zoo.SETTINGS.get("blur_sigma", 2)
-    shown = f"seeds 8 to 9, euler, 3 steps, sag_scale {scale:g}, blur_sigma {sigma:g}"
+    shown = f"seeds 8 to 9, euler, 4 steps, sag_scale {scale:g}, blur_sigma {sigma:g}"
     assert f"The picture is in {out}" in output and shown in output
     assert re.search(r"[\d.]+ s without SAG, [\d.]+ s with it", output)
-    assert text(out).startswith("Animals & Nature; Food & Drink\nNegative prompt: \nSteps: 3, Sampler: Euler")
+    assert text(out).startswith("Animals & Nature; Food & Drink\nNegative prompt: \nSteps: 4, Sampler: Euler")
     with Image.open(out) as image:
         assert image.mode == "RGBA"
         assert [image.getpixel(corner)[3] for corner in ((0, 0), (image.width - 1, image.height - 1))] == [0, 0]
@@ -99,15 +99,24 @@ def test_the_bundled_model_by_category_and_style(tmp_path):
 
 def test_the_picture_is_that_of_the_library(tmp_path, bundled):
     invoke("sample", "--device", "cpu", "--steps", 2, "--n", 1, "--seed", 2, "--cond-scale", 1.5, "--out", tmp_path / "x.png",
-           "--category", "food", "--style", "twemoji", "--sag-scale", 1.5, "--blur-sigma", 1, "--sigma-range", 0.5, 100,
+           "--category", "food", "--style", "twemoji", "--sag-scale", 1.5, "--blur-sigma", 1, "--sigma-range", 0.5, 200,
            "--mask-threshold", 0.9, "--blur-kernel-size", 5, "--attention", "middle", "--sampler", "euler")  # fmt: skip
     cond, uncond = zoo.conditioning(["Food & Drink"], ["twemoji"])
-    given = {"sag_scale": 1.5, "blur_sigma": 1.0, "sigma_range": (0.5, 100.0), "mask_threshold": 0.9, "blur_kernel_size": 5}
+    given = {"sag_scale": 1.5, "blur_sigma": 1.0, "sigma_range": (0.5, 200.0), "mask_threshold": 0.9, "blur_kernel_size": 5}
     with ksag.SAGDenoiser(bundled, cond_key="mapping_cond", **{**zoo.SETTINGS, **given, "attention": "middle"}) as guided:
-        sigmas = K.sampling.get_sigmas_karras(2, zoo.load_config()["model"]["sigma_min"], 80.0)
+        config = zoo.load_config()["model"]
+        sigmas = K.sampling.get_sigmas_karras(2, config["sigma_min"], config["sigma_max"])
         x = sample_latents("euler", guided, (3, 64, 64), sigmas, [2], {"cond": cond, "uncond": uncond, "cond_scale": 1.5})
     expected = ((x[0].clamp(-1, 1) + 1) * 127.5).round()
     assert torch.equal(pixels(tmp_path / "x.png"), expected)
+
+
+def test_steps_that_step_over_the_sigma_range_are_said(tmp_path):
+    out = tmp_path / "x.png"
+    said = "SAG acts at none of these steps: their noise levels are 160, 0.32, and sigma_range is 0.4 to 12."
+    assert said in bundled("--n", 1, "--out", out)
+    for options in (["--sag-scale", 0], ["--sigma-range", 0.3, 1]):
+        assert "SAG acts" not in bundled("--n", 1, "--out", out, *options)
 
 
 def test_a_model_of_emoji_of_ones_own_has_categories_too(tmp_path):

@@ -395,7 +395,7 @@ import time
 import k_diffusion as K, ksag, ksag.zoo
 from ksag.explore import explore
 guided = ksag.SAGDenoiser(ksag.zoo.load())
-widget = explore(guided, (3, 64, 64), K.sampling.get_sigmas_karras(1000, 0.04, 80.0))
+widget = explore(guided, (3, 64, 64), K.sampling.get_sigmas_karras(1000, 0.32, 160.0))
 while not widget._bar.value:
     time.sleep(0.01)
 print(widget._status.value)

@@ -32,38 +32,40 @@ ROWS = [json.loads(line) for line in (ROOT / "benchmarks/quality.jsonl").read_te
 CHOICE = json.loads((ROOT / "benchmarks/quality_choice.json").read_text())
 TABLES = (ROOT / "docs/quality.md").read_text()
 PAGE = (ROOT / "docs/evaluate.md").read_text()
-EARLIER = [["attention", "inner_model.u_net.d_blocks.2.4"], ["blur_sigma", 2.0], ["sag_scale", 1.0]]
+CHOSEN = CHOICE["settings"]
+WITH_THE_LAST_STEP = {**CHOSEN, "sag_scale": 1.4, "sigma_range": [0.3, 12.0]}
+USUAL = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 
 
 # The tables
 
 
-def found(measure="fd", judge=0, chosen=False, schedule=None, **wanted):
-    """A measure of the rows of the report, by a plain search through the raw lines."""
-    wanted = {"cond_scale": None, "steps": 24, "n": 5000, **wanted}
-    schedule = schedule or (CHOICE["schedule"] if chosen else {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0})
+def found(measure="fd", judge=0, schedule=CHOICE["schedule"], sag=None, sampler="euler", **wanted):
+    """A measure of rows of the report, one for each set of seeds, by a plain search through the raw lines."""
+    wanted = {"cond_scale": None, "steps": quality.STEPS[sampler], "n": 5000, "dtype": "float16", "sampler": sampler, **wanted}
     return [
         list(r["measures"].values())[judge][measure]
         for r in sorted(ROWS, key=lambda r: r["row"]["seeds"])
-        if dict(r["row"]["schedule"]) == schedule and all(r["row"][k] == v for k, v in wanted.items())
-    ]
+        if dict(r["row"]["schedule"]) == schedule and (r["row"]["sag"] and dict(r["row"]["sag"])) == sag
+        and r["row"]["seeds"] in quality.REPORT_SEEDS and all(r["row"][k] == v for k, v in wanted.items())
+    ]  # fmt: skip
 
 
-def ratio(chosen=False, sag=None, **wanted):
-    sag = sorted([k, v] for k, v in CHOICE["settings"].items()) if chosen else EARLIER
-    pairs = zip(found(chosen=chosen, sag=None, **wanted), found(chosen=chosen, sag=sag, **wanted), strict=False)
-    return [guided / plain for plain, guided in pairs]
+def ratios(sag=CHOSEN, **wanted):
+    return [guided / plain for plain, guided in zip(found(**wanted), found(sag=sag, **wanted), strict=False)]
 
 
-FORMS = {"attention": "inner_model.u_net.u_blocks.1.1", "blur_sigma": 1.5, "sag_scale": 2.0, "sigma_range": [0.0, 12.0]}
+def ratio(sag=CHOSEN, **wanted):
+    return statistics.mean(ratios(sag, **wanted))
 
 
-def kept(judge=0, steps=24, sampler="dpmpp_2m", **form):
-    """The share of exact SAG's gain that a cheaper form keeps, in %."""
-    wanted = {"schedule": {"sigma_min": 0.08, "sigma_max": 80.0, "rho": 7.0}, "n": 1000, "steps": steps, "sampler": sampler}
-    sags = (None, *(sorted([k, v] for k, v in settings.items()) for settings in (FORMS, {**FORMS, **form})))
-    plain, exact, cheaper = (found(judge=judge, sag=sag, **wanted)[0] for sag in sags)
-    return round(100 * (plain - cheaper) / (plain - exact))
+def kept(form, **wanted):
+    """The share of exact SAG's gain that a cheaper form keeps, in %, by either judge."""
+    shares = []
+    for judge in (0, 1):
+        plain, exact, cheaper = (found(judge=judge, sag=sag, seeds=2, **wanted)[0] for sag in (None, CHOSEN, {**CHOSEN, **form}))
+        shares.append(round(100 * (plain - cheaper) / (plain - exact)))
+    return shares
 
 
 def test_the_tables_are_those_of_the_rows():
@@ -72,59 +74,98 @@ def test_the_tables_are_those_of_the_rows():
 
 def test_the_tables_have_what_a_plain_search_finds():
     for sampler in ("euler", "dpmpp_2m"):
-        ratios, second = (ratio(chosen=True, sampler=sampler, judge=judge) for judge in (0, 1))
-        assert len(ratios) == 3
-        cells = (f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in (ratios, second))
-        assert "| **SAG over plain** | " + " | ".join(f"**{cell}**" for cell in cells) in TABLES
-    (heun,) = ratio(sampler="heun", steps=16)
-    assert re.search(rf"\| heun, 16 steps \| [\d.]+ \| [\d.]+ \| \*\*{heun:.3f}\*\* \|", TABLES)
+        both = (ratios(sampler=sampler, judge=judge) for judge in (0, 1))
+        cells = (f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in both if len(x) == 3)
+        assert "| **SAG over plain** | " + " | ".join(f"**{cell}**" for cell in cells) + " | **" in TABLES
+    for sag in (CHOSEN, WITH_THE_LAST_STEP):
+        heun = ratio(sag, sampler="heun")
+        assert re.search(rf"\| heun, 16 steps \| [\d.]+ \| [\d.]+ \| \*\*{heun:.3f}\*\* \|", TABLES)
 
 
 def test_the_page_says_what_the_rows_say():
     """The sentences of "What SAG does for the bundled model"."""
     text = " ".join(PAGE.split())
-    euler, dpmpp, second = (
-        statistics.mean(ratio(chosen=True, sampler=sampler, judge=judge))
-        for sampler, judge in (("euler", 0), ("dpmpp_2m", 0), ("dpmpp_2m", 1))
+    euler, second = (ratio(judge=judge) for judge in (0, 1))
+    assert f"SAG takes FD to {euler:.2f} of plain's, by the second judge to {second:.2f}, at 1.4 times" in text
+    assert "| **1.417** |" in TABLES
+    ends = [statistics.mean(fds) for fds in (found(), found(sag=CHOSEN), found(steps=64))]
+    assert "from {:.1f} to {:.1f}, about what plain `euler` reaches at 64 steps, {:.1f}".format(*ends) in text
+    recalls = [statistics.mean(found("recall", sag=sag)) for sag in (None, CHOSEN)]
+    assert "Recall rises from {:.2f} to {:.2f}; precision stays".format(*recalls) in text
+    most = [ratio(sampler=s) for s in ("euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde")]
+    assert (
+        "{:.2f} with `euler_ancestral`, {:.2f} with `dpmpp_2s_ancestral`, {:.2f} with `dpmpp_sde`, {:.2f} with `dpmpp_2m_sde`"
+    ).format(*most) in text
+    dpmpp = [ratio(sampler="dpmpp_2m", judge=judge) for judge in (0, 1)]
+    assert "gains little: {:.2f}, by the second judge {:.2f}".format(*dpmpp) in text
+    longer = statistics.mean(found(sampler="dpmpp_2m")), found(sampler="dpmpp_2m", steps=64)[0]
+    assert "64 steps take plain `dpmpp_2m` from {:.1f} to {:.1f}".format(*longer) in text
+    near = [ratio(sampler=s) for s in ("heun", "dpm_2", "dpm_fast", "dpm_adaptive")]
+    assert f"as near to the end, it is {min(near):.2f} to {max(near):.2f}" in text
+    lms = ratio(sampler="lms")
+    assert f"`lms` must not be used with it: {lms:.2f}" in text
+    parameters = " ".join((ROOT / "docs/parameters.md").read_text().split())
+    assert f"({lms:.0f} times plain's distance)" in parameters
+    by_category = {scale: [ratio(sampler=s, cond_scale=scale) for s in ("euler", "dpmpp_2m")] for scale in (1.0, 1.5, 3.0)}
+    assert "By category: {:.2f} with `euler`, {:.2f} with `dpmpp_2m`".format(*by_category[1.0]) in text
+    (e, d), (e3, d3) = by_category[1.5], by_category[3.0]
+    assert f"{e:.2f} and {e3:.2f} with `euler`, and {d:.2f} and {d3:.2f}, a little worse than plain, with `dpmpp_2m`" in text
+    half = [ratio({**CHOSEN, "sag_scale": 1.0}, sampler=s, cond_scale=3.0) for s in ("euler", "dpmpp_2m")]
+    assert "`cond_scale=3`, it is {:.2f} and {:.2f}".format(*half) in text
+    assert f"`sag_scale=1` | `euler`: {half[0]:.2f} |" in parameters and f"`euler`: {euler:.2f} of plain's" in parameters
+
+
+def test_the_page_says_what_the_last_step_does():
+    text, parameters = (" ".join((ROOT / "docs" / page).read_text().split()) for page in ("evaluate.md", "parameters.md"))
+    shares = {s: ratio(WITH_THE_LAST_STEP, sampler=s) for s in quality.STEPS}
+    assert (
+        "{euler:.2f} with `euler`, {dpmpp_2m:.2f} with `dpmpp_2m`, {dpmpp_2m_sde:.2f} with `dpmpp_2m_sde`".format(**shares) in text
     )
-    assert f"SAG takes FD to {euler:.2f} of plain's, at 1.6 times the evaluations" in text and "| **1.625** |" in TABLES
-    chosen = sorted([k, v] for k, v in CHOICE["settings"].items())
-    assert max(found(chosen=True, sampler="euler", sag=chosen)) < min(found(sampler="euler", steps=64, sag=None))
-    assert f"to {dpmpp:.2f}; by the second judge, {second:.2f}" in text
-    ends = [statistics.mean(found(chosen=True, sampler=sampler, sag=chosen)) for sampler in ("euler", "dpmpp_2m")]
-    assert "at {:.1f} and {:.1f}: it makes up".format(*ends) in text
-    longer = statistics.mean(found(sampler="dpmpp_2m", sag=None)), found(sampler="dpmpp_2m", steps=64, sag=None)[0]
-    assert "64 steps take its plain FD from {:.1f} to {:.1f}".format(*longer) in text
-    others = {s: ratio(sampler=s, steps=quality.STEPS[s])[0] for s in quality.STEPS if s not in ("euler", "dpmpp_2m")}
-    worse = others.pop("dpm_2_ancestral")
-    assert f"between {min(others.values()):.2f} and {max(others.values()):.2f}, but" in text and f"rose to {worse:.2f}" in text
-    assert "dpmpp_2m 0.856, the lowest of 35 settings" in TABLES and "The best of 35 settings tried reached 0.86" in text
-    assert re.search(r"\| 4\.2 \|", TABLES) and "| 1.276 |" in TABLES and "1.28 at `sag_scale=4.2`" in text
-    alone = [ratio(sampler=sampler, cond_scale=1.0)[0] for sampler in ("euler", "dpmpp_2m")]
-    assert "to {:.2f} and {:.2f} at the earlier settings".format(*alone) in text
-    strong = [ratio(sampler="dpmpp_2m", cond_scale=3.0, judge=judge)[0] for judge in (0, 1)]
-    assert "({:.2f}; by the second judge, {:.2f})".format(*strong) in text
-    recalls = [statistics.mean(found("recall", chosen=True, sampler="euler", sag=sag)) for sag in (None, chosen)]
-    assert "from {:.2f} to {:.2f}; precision stays".format(*recalls) in text
+    assert "`euler`: {euler:.2f}, `dpmpp_2m`: {dpmpp_2m:.2f} |".format(**shares) in parameters
+    assert f"never worse than plain but with `lms` ({shares.pop('lms'):.2f})" in text and max(shares.values()) < 1
+    beside = [ratio(WITH_THE_LAST_STEP, sampler=s, cond_scale=scale) for s in ("euler", "dpmpp_2m") for scale in (1.0, 1.5, 3.0)]
+    assert f"beside CFG {min(beside):.2f} to {max(beside):.2f}" in text
+    assert all(r["row"]["schedule"] for r in ROWS) and CHOICE["schedule"]["sigma_min"] > 0.3  # so that (0.3, 12) is (0, 12)
+    sde, ancestral = (
+        [found(schedule=USUAL, sampler=s)[0], found(sag=CHOSEN, sampler=s)[0]] for s in ("dpmpp_2m_sde", "dpm_2_ancestral")
+    )
+    assert "({:.2f}), SAG's {:.2f} is {:.2f}".format(*sde, sde[1] / sde[0]) in text
+    assert "is lower there ({:.2f}) than with SAG here ({:.2f})".format(*ancestral) in text
+
+
+def test_the_parameters_page_says_what_was_tried():
+    text = " ".join((ROOT / "docs/parameters.md").read_text().split())
+    layers = [float(line.split("|")[3]) for line in TABLES.splitlines() if line.startswith("| `inner_model")]
+    assert len(layers) == 8
+    assert f"`euler` has {min(layers):.2f} of plain's distance with the best one and {max(layers):.2f} with the worst" in text
+    strengths = {}
+    for sampler in ("euler", "dpmpp_2m"):
+        row = re.search(rf"\| {sampler}, 24 steps, unconditional \|([\d.| ]+)\|", TABLES)
+        strengths[sampler] = [float(cell) for cell in row[1].split("|") if cell.strip()]
+    assert strengths["euler"][-1] == min(strengths["euler"]) and "`euler` gains up to 2.8 and more" in text
+    assert strengths["dpmpp_2m"] == sorted(strengths["dpmpp_2m"]) and 0.99 < strengths["dpmpp_2m"][-1] < 1.01
+    assert "gains most at 1 to 1.4, and nothing at 2.8" in text
+    (line,) = [line for line in TABLES.split("### At other")[0].splitlines() if line.startswith("| dpm_adaptive")]
+    assert (
+        float(line.split("×")[1].strip(" |")) == pytest.approx(2.9, abs=0.051) and "`dpm_adaptive` takes 2.9 times as long" in text
+    )
 
 
 def test_the_page_says_what_the_cheaper_forms_keep():
-    text = " ".join(PAGE.split())
-    both = [[kept(sampler=sampler, **form) for sampler in ("euler", "dpmpp_2m")]
-            for form in ({"one_pass": True}, {"every": 2}, {"every": 3})]  # fmt: skip
-    assert "`one_pass` keeps {} % of exact SAG's gain with `euler` and {} % with `dpmpp_2m`".format(*both[0]) in text
-    assert "`every=2` keeps {} and {} %, and `every=3` {} and {} %".format(*both[1], *both[2]) in text
-    few = {str(form): kept(steps=12, **form) for form in ({"one_pass": True}, {"every": 2}, {"every": 3})}
-    assert few.pop("{'one_pass': True}") > 100 and "more than all of it" in text
-    wanted = {"schedule": {"sigma_min": 0.08, "sigma_max": 80.0, "rho": 4.0}, "sampler": "euler", "seeds": 2}
-    settings = {**FORMS, "sag_scale": 3.0}
-    sags = [sorted([k, v] for k, v in {**settings, **form}.items())
-            for form in ({}, {"one_pass": True, "every": 2}, {"one_pass": True, "every": 3})]  # fmt: skip
-    plain, exact, second, third = (found(sag=sag, **wanted)[0] for sag in (None, *sags))
-    shares = [round(100 * (plain - fd) / (plain - exact)) for fd in (second, third)]
-    parameters = " ".join((ROOT / "docs/parameters.md").read_text().split())
-    assert "keep {} % at `every=2`; at `every=3`, 1.17 times plain guidance's time, {} %".format(*shares) in parameters
-    assert all(share < 0 for share in few.values()) and "`every` does harm" in text
+    text, parameters = (" ".join((ROOT / "docs" / page).read_text().split()) for page in ("evaluate.md", "parameters.md"))
+    one, two = {"one_pass": True}, {"every": 2}
+    usual = [{"sampler": s} for s in ("euler", "euler_ancestral", "dpmpp_2m_sde")]
+    few = {"sampler": "dpmpp_2m", "steps": 12}
+    first = {str(form): [kept(form, **case)[0] for case in (*usual, few)] for form in (one, two, one | two)}
+    a, b, c = first.values()
+    assert f"`one_pass` keeps {a[0]} % of exact SAG's gain with `euler`, {a[1]} % with `euler_ancestral`, and {a[2]} % with" in text
+    assert f"`every=2` {b[0]}, {b[1]} and {b[2]} %; both together {c[0]}, {c[1]} and {c[2]} %" in text
+    assert f"At 12 steps of `dpmpp_2m` they keep {a[3]}, {b[3]} and {c[3]} %" in text
+    third = one | {"every": 3}
+    names = {"one_pass=True": one, "every=2": two, "one_pass=True, every=2": one | two, "one_pass=True, every=3": third}
+    for name, form in names.items():
+        cells = (", ".join(map(str, kept(form, **case))).replace("-", "−") + " %" for case in (*usual, few))
+        assert f"| `{name}` | {' | '.join(cells)} |" in parameters
 
 
 def test_the_tables_of_one_judge_and_a_few_rows():

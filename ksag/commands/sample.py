@@ -19,7 +19,7 @@ from ksag.commands.model import in_turn
 from ksag.commands.open import DTYPES, model_options, open_model
 from ksag.commands.options import SAG_DEFAULTS, sag_options, sampling_options
 from ksag.commands.processes import Process, this_process
-from ksag.commands.sampling import Sampling, batches
+from ksag.commands.sampling import Sampling, batches, warn_if_idle
 
 MAX_SEED = 2**63 - 1
 INTERRUPTED = 130
@@ -126,6 +126,9 @@ def sample(
         def describe(seed: int) -> str:
             return infotext(in_turn(model.prompts, seed), model.negative_prompt, fields, seed)
 
+        sigmas = model.sigmas(steps, schedule)
+        if process.is_main and sampler != "dpm_adaptive":
+            warn_if_idle(sigmas, sag)
         folder = None if out.suffix else Folder(out, {"Prompt": model.prompts, "Negative prompt": model.negative_prompt, **fields})
         with ksag.SAGDenoiser(model.denoiser, cond_key=model.cond_key, **sag) as guided:
             if compiled:
@@ -138,7 +141,7 @@ def sample(
                 def on_step(i: int) -> None:
                     bar.set_postfix_str(f"step {i + 1}")
 
-                sampling = Sampling(model, guided, sampler, model.sigmas(steps, schedule), zoom, on_step)
+                sampling = Sampling(model, guided, sampler, sigmas, zoom, on_step)
                 make = sampling.compared if compare else sampling.pictures
                 if folder is None:
                     into_grid(out, seeds, size, make, describe, bar)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import torch
 from PIL import Image
 from torch import Tensor
@@ -49,6 +50,19 @@ class Sampling:
         """Plain beside SAG, from the same noise."""
         both = zip(self.pictures(seeds, sag_scale=0.0), self.pictures(seeds), strict=True)
         return [picture.compare(plain, with_sag) for plain, with_sag in both]
+
+
+def warn_if_idle(sigmas: Tensor, sag: dict[str, Any]) -> None:
+    """Says so on the terminal where SAG would act at none of these noise levels, which few steps can step over."""
+    low, high = sag["sigma_range"]
+    levels = sigmas[:-1].tolist()
+    if sag["sag_scale"] != 0 and not any(low <= level <= high for level in levels):
+        shown = ", ".join(f"{level:.3g}" for level in levels)
+        click.echo(
+            f"SAG acts at none of these steps: their noise levels are {shown}, and sigma_range is {low:g} to {high:g}. Take more "
+            f"--steps, or another --sigma-range.",
+            err=True,
+        )
 
 
 def batches(seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:

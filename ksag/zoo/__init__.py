@@ -32,7 +32,7 @@ STYLES = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "tw
 """The emoji sets that the bundled model was trained on, in the order of its one-hot styles."""
 
 SETTINGS: dict[str, Any] = {
-    "sag_scale": 3.0, "blur_sigma": 1.5, "sigma_range": (0.0, 12.0), "attention": "inner_model.u_net.u_blocks.1.1",
+    "sag_scale": 2.0, "blur_sigma": 1.5, "sigma_range": (0.4, 12.0), "attention": "inner_model.u_net.u_blocks.1.1",
 }  # fmt: skip
 """What to give `SAGDenoiser` for the bundled model, as `benchmarks/quality.py` chose it: its layer is the first one at 16 × 16 on
 the way up."""
@@ -116,7 +116,7 @@ def load(
     """A k-diffusion denoiser from a safetensors file; by default the bundled model of emoji.
 
     The bundled model takes what `conditioning` makes as `mapping_cond`, and denoises images of (b, 3, 64, 64) in [-1, 1] at
-    sigma 0.04 to 80. Nothing is unpickled.
+    sigma 0.32 to 160. Nothing is unpickled.
 
     Args:
         weights: a file of `save`, whose checksum tells damage to its weights or its config; or one of k-diffusion's
