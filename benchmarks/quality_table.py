@@ -256,10 +256,19 @@ def written(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else f"{value:g}"
 
 
+def scheduled(group: Group) -> str:
+    schedule = dict(group.schedule)
+    return f"{schedule['sigma_min']:g} to {schedule['sigma_max']:g}, rho {schedule['rho']:g}"
+
+
 def described(group: Group) -> str:
     settings = ", ".join(f"{name}={written(value)}" for name, value in group.settings)
-    schedule = dict(group.schedule)
-    return f"`{settings}`; Karras's schedule, sigma {schedule['sigma_min']:g} to {schedule['sigma_max']:g}, rho {schedule['rho']:g}"
+    return f"`{settings}`; Karras's schedule, sigma {scheduled(group)}"
+
+
+def differing(group: Group, chosen: Group) -> str:
+    """The settings that are not the chosen ones."""
+    return ", ".join(f"{name} {written(value)}" for name, value in group.settings if (name, value) not in chosen.settings)
 
 
 def origin(results: Results, rows: Sequence[Row]) -> str:
@@ -331,7 +340,7 @@ def report(results: Results, choice: dict[str, Any]) -> str:
     groups = dict.fromkeys(group_of(row) for row in results if row.sag is not None and row.seeds in REPORT_SEEDS)
     others = [group for group in groups if group != chosen and group.schedule == chosen.schedule]
     elsewhere = [
-        group_section(results, group, "Settings of another schedule") for group in groups if group.schedule != chosen.schedule
+        group_section(results, group, f"At sigma {scheduled(group)}") for group in groups if group.schedule != chosen.schedule
     ]
     tried = [row for row in results if row.sag is not None and row.seeds == CHOICE_SEEDS and row.schedule == chosen.schedule]
     return "\n\n".join([
@@ -339,7 +348,7 @@ def report(results: Results, choice: dict[str, Any]) -> str:
         "classifier, trained apart from both. Evaluations are of the network, a sample. Time is that of a batch, the median of a "
         "row's batches but for its first, which may include compiling.",
         *([group_section(results, chosen, "At the recommended settings")] if chosen in groups else []),
-        *(group_section(results, group, "At other settings") for group in others),
+        *(group_section(results, group, f"At {differing(group, chosen)}") for group in others),
         *([folded("At other schedules", elsewhere)] if elsewhere else []),
         *([choice_section(results, [row for row in tried if row.plain in results], chosen)] if tried else []),
     ]) + "\n"  # fmt: skip

@@ -138,7 +138,7 @@ def demo(plain: Tensor, with_sag: Tensor, looked: Tensor, names: Sequence[str], 
     scale = max(1, round(192 / plain.shape[-1]))
     before, after = ([to_image(x, scale) for x in samples] for samples in (plain, with_sag))
     w, h = after[0].size
-    gap, left, top = 12, 136, 64 if any(names) else 24
+    gap, left, top = 12, 148, 64 if any(names) else 24
     small = (w - gap) // 2, h * ((w - gap) // 2) // w
     rows = [top, top + h + gap, top + 2 * (h + gap)]
     medium, little = (ImageFont.load_default(size) for size in (19, 14))
@@ -148,7 +148,7 @@ def demo(plain: Tensor, with_sag: Tensor, looked: Tensor, names: Sequence[str], 
     draw = ImageDraw.Draw(card)
     draw.text((24, rows[0] + h / 2), "plain", INK, medium, anchor="lm")
     draw.text((24, rows[1] + h / 2), "with SAG", INK, medium, anchor="lm")
-    shown = "what changed\n(dark), where it\nlooked (orange)"
+    shown = "what changed\n(dark), where\nthe model looked\n(orange)"
     draw.multiline_text((24, rows[2] + small[1] / 2), shown, FAINT, little, anchor="lm", spacing=5)
     for i, name in enumerate(names):
         x = left + i * (w + gap)

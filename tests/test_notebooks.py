@@ -134,7 +134,7 @@ def test_stored_costs_are_those_of_the_method():
     assert costs["cond_scale 1.5, SAG"] == (48, 32)
     assert costs["cond_scale 1.5, SAG, one_pass"] == (48, 16)
     assert costs["cond_scale 1.5, SAG, every=2"] == (40, 24)
-    assert costs["cond_scale 1.5, SAG at σ 0.3 to 3"] == (36, 20)
+    assert costs["cond_scale 1.5, SAG at σ 0.4 to 3"] == (35, 19)
     assert costs["no guidance by category, SAG"] == (32, 32)
 
 

@@ -19,7 +19,7 @@ from ksag.commands.options import SAG_DEFAULTS, sag_options, sampling_options
 from ksag.commands.sampling import Sampling
 from ksag.commands.threads import by_shares
 
-N, SEED, SAMPLER, STEPS = 4, 0, "euler", 16
+N, SEED, SAMPLER, STEPS = 4, 0, "euler", 12
 """Those of the README's picture. Nobody chose its samples: they are the first seeds', whatever they show."""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
 
