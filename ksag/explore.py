@@ -100,8 +100,8 @@ class Session:
         plain = self._plain[1] if self._plain is not None and self.keeps_plain(settings) else None
         guided, mask, steps = None, None, 0
         if 0 < self.preview <= self.steps // 2:
-            steps = self.preview
-            some = self.sigmas[[round(i * self.steps / steps) for i in range(steps + 1)]]
+            some = self._few_sigmas(*wrapper.sigma_range)
+            steps = len(some) - 1
             guided, mask = self._with_sag(wrapper, {**settings, "sampler": "euler"}, args, "preview", report, some)
             yield Result(settings, plain, guided, mask, steps)
         if plain is None:
@@ -110,6 +110,13 @@ class Session:
             yield Result(settings, plain, guided, mask, steps)
         guided, mask = self._with_sag(wrapper, settings, args, "with SAG", report, self.sigmas)
         yield Result(settings, plain, guided, mask, self.steps)
+
+    def _few_sigmas(self, low: float, high: float) -> Tensor:
+        """Those of a preview: the first, some of those at which SAG acts, and 0."""
+        inner = range(1, self.steps)
+        acting = [i for i in inner if low <= float(self.sigmas[i]) <= high] or inner
+        between = dict.fromkeys(acting[len(acting) * i // self.preview] for i in range(1, self.preview))
+        return self.sigmas[[0, *between, self.steps]]
 
     def _wrapper(self, settings: Settings) -> SAGDenoiser:
         """guided, or where it would have to be altered, which may be in use elsewhere, one that differs in just that."""

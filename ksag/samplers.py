@@ -56,7 +56,7 @@ def sample(
         shape: (c, h, w) of a sample.
         sigmas: (steps + 1,) noise levels, at least 2 steps, from the highest to 0, on the model's device. `dpm_fast` makes as
             many model calls as there are steps, and `dpm_adaptive` takes only the highest and the lowest but 0 of them. Both
-            stop at the lowest, so that the result is what the model makes of that: the others' last step, to 0.
+            stop there, and the model is asked once more for the last step, to 0, as the others take it.
         seeds: one for each sample.
         extra_args: passed to the model at every call.
         callback: k-diffusion's, called at every step with a dict of `x`, `denoised`, `sigma`, `i` and more.

@@ -150,7 +150,7 @@ def test_examples_run(page, families):
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["zoo", "diffusers", "a denoiser of your own"])
 def test_the_figures_and_the_widget_work_on(which, tmp_path, monkeypatch):
-    """The examples of api/notebook.md, at two steps."""
+    """The examples of api/notebook.md, at four steps."""
     opened = []
 
     class Recorded(ksag.explore.explore):
@@ -163,7 +163,7 @@ def test_the_figures_and_the_widget_work_on(which, tmp_path, monkeypatch):
     start = blocks[0].split("\n\nguided")[0]
     code = [blocks[0], *(f"{start}\n{block}" for block in blocks[1:])][which]
     names = {"pipe": stable_diffusion(tmp_path), "denoiser": make_denoiser()}
-    exec(compile(re.sub(r"karras\((16|24)|get_sigmas\(20", lambda found: found[0][:-2] + "2", code), "docs", "exec"), names)
+    exec(compile(re.sub(r"karras\((16|24)|get_sigmas\(20", lambda found: found[0][:-2] + "4", code), "docs", "exec"), names)
     (widget,) = opened
     assert widget.wait(120) and widget.result is not None and not widget._error.value
     widget.close()

@@ -277,6 +277,15 @@ def test_a_preview_then_plain_then_with_sag(guided):
     assert [result.steps for result in again] == [3, 12] and all(result.plain is plain.plain for result in again)
 
 
+def test_a_preview_has_a_step_at_which_sag_acts(guided):
+    guided.sigma_range = float(LONG[10]), float(LONG[8])
+    session = Session(guided, SHAPE, LONG, (), None, {}, 2, None, preview=2)
+    preview, *_ = session.run({"sag_scale": 2.0, "sampler": "euler", "seed": 0}, lambda name, done: None)
+    assert preview.mask.any() and preview.steps == 2
+    with torch.no_grad():
+        assert torch.equal(preview.guided, sample("euler", guided, SHAPE, LONG[[0, 9, 12]], [0, 1], {"sag_scale": 2.0}))
+
+
 @pytest.mark.parametrize(("preview", "previews"), [(0, 0), (2, 1), (3, 0)])
 def test_a_preview_has_at_most_half_of_the_steps(guided, preview, previews):
     session = Session(guided, SHAPE, SIGMAS, (), None, {}, 1, None, preview)
