@@ -179,6 +179,12 @@ def test_the_tables_of_one_judge_and_a_few_rows():
 # The benchmark
 
 
+def test_what_was_chosen_is_what_is_recommended():
+    assert zoo.SETTINGS == {**CHOSEN, "sigma_range": tuple(CHOSEN["sigma_range"])} and quality.SCHEDULE == CHOICE["schedule"]
+    model = zoo.load_config()["model"]
+    assert {name: model[name] for name in ("sigma_min", "sigma_max")} == {k: v for k, v in CHOICE["schedule"].items() if k != "rho"}
+
+
 def test_settings_are_chosen_on_other_seeds_than_reported():
     rows = quality.report_rows(CHOICE)
     assert quality.CHOICE_SEEDS not in {row.seeds for row in rows} == set(quality.REPORT_SEEDS)
