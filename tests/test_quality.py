@@ -180,7 +180,7 @@ def test_the_tables_of_one_judge_and_a_few_rows():
 
 
 def test_what_was_chosen_is_what_is_recommended():
-    assert zoo.SETTINGS == {**CHOSEN, "sigma_range": tuple(CHOSEN["sigma_range"])} and quality.SCHEDULE == CHOICE["schedule"]
+    assert {**CHOSEN, "sigma_range": tuple(CHOSEN["sigma_range"])} == zoo.SETTINGS and CHOICE["schedule"] == quality.SCHEDULE
     model = zoo.load_config()["model"]
     assert {name: model[name] for name in ("sigma_min", "sigma_max")} == {k: v for k, v in CHOICE["schedule"].items() if k != "rho"}
 
