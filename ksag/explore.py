@@ -318,7 +318,7 @@ class explore(widgets.VBox):
         seed: of the first sample; the others' are those that follow.
         sampler: one of `ksag.samplers.SAMPLERS`.
         decode: latents (b, c, h, w) → pixels (b, 3, H, W) in [-1, 1], for a model that samples latents.
-        preview: steps of the preview, always by euler; 0 is none, nor is there one where it has more than half of all steps.
+        preview: steps of the preview, at most, always by euler; 0 is none, nor is there one of more than half of all steps.
 
     Attributes:
         controls: the sliders and menus by name; their `value` can be set from code as well.

@@ -148,8 +148,8 @@ def demo(plain: Tensor, with_sag: Tensor, looked: Tensor, names: Sequence[str], 
     draw = ImageDraw.Draw(card)
     draw.text((24, rows[0] + h / 2), "plain", INK, medium, anchor="lm")
     draw.text((24, rows[1] + h / 2), "with SAG", INK, medium, anchor="lm")
-    shown = "what changed\n(dark), where\nthe model looked\n(orange)"
-    draw.multiline_text((24, rows[2] + small[1] / 2), shown, FAINT, little, anchor="lm", spacing=5)
+    label = "what changed\n(dark), where\nthe model looked\n(orange)"
+    draw.multiline_text((24, rows[2] + small[1] / 2), label, FAINT, little, anchor="lm", spacing=5)
     for i, name in enumerate(names):
         x = left + i * (w + gap)
         title = "\n".join(_wrapped(name, little, w))

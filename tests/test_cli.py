@@ -113,10 +113,10 @@ def test_the_picture_is_that_of_the_library(tmp_path, bundled):
 
 def test_steps_that_step_over_the_sigma_range_are_said(tmp_path):
     out = tmp_path / "x.png"
-    said = "SAG acts at none of these steps: their noise levels are 160, 0.32, and sigma_range is 0.4 to 12."
+    said = "No step begins where SAG acts: sigma_range is 0.4 to 12, and the steps begin at 160, 0.32."
     assert said in bundled("--n", 1, "--out", out)
     for options in (["--sag-scale", 0], ["--sigma-range", 0.3, 1]):
-        assert "SAG acts" not in bundled("--n", 1, "--out", out, *options)
+        assert "where SAG acts" not in bundled("--n", 1, "--out", out, *options)
 
 
 def test_a_model_of_emoji_of_ones_own_has_categories_too(tmp_path):

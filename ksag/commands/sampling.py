@@ -53,13 +53,13 @@ class Sampling:
 
 
 def warn_if_idle(sigmas: Tensor, sag: dict[str, Any]) -> None:
-    """Says so on the terminal where SAG would act at none of these noise levels, which few steps can step over."""
+    """Says so on the terminal where no step begins at a noise level at which SAG acts: few steps can step over them."""
     low, high = sag["sigma_range"]
     levels = sigmas[:-1].tolist()
     if sag["sag_scale"] != 0 and not any(low <= level <= high for level in levels):
         shown = ", ".join(f"{level:.3g}" for level in levels)
         click.echo(
-            f"SAG acts at none of these steps: their noise levels are {shown}, and sigma_range is {low:g} to {high:g}. Take more "
+            f"No step begins where SAG acts: sigma_range is {low:g} to {high:g}, and the steps begin at {shown}. Take more "
             f"--steps, or another --sigma-range.",
             err=True,
         )
