@@ -463,6 +463,7 @@ def main(out: Path, models: tuple[str, ...], budget: float, compile_: bool, chec
         raise click.ClickException("This measures a CUDA GPU, and there is none here. benchmarks/overhead.py runs on a CPU.")
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.backends.cudnn.allow_tf32 = False
+    torch._dynamo.config.cache_size_limit = 64  # one code object serves all shapes, forms and wrappers
     gc.disable()  # as timeit does; each case ends with a collection
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     run: dict[str, Any] = {**machine, "steps": [], "memory": []}

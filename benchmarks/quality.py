@@ -375,11 +375,19 @@ def choose(bench: Bench, n: int) -> None:
     base["schedule"] = frozen(schedule)
     save_choice(bench, schedule=schedule)
 
-    def rank(groups: dict[Any, list[Row]], said: str) -> list[Any]:
+    def scored(groups: dict[Any, list[Row]], said: str) -> list[tuple[float, Any]]:
         results = bench.run([row for rows in groups.values() for row in rows])
         scores = best(bench, results, groups)
         bench.log(f"{said}, best first: " + "; ".join(f"{score:.3f} {name}" for score, name in scores[:12]))
-        return [name for _, name in scores]
+        return scores
+
+    def rank(groups: dict[Any, list[Row]], said: str) -> list[Any]:
+        return [name for _, name in scored(groups, said)]
+
+    def weakest(groups: dict[float, list[Row]], said: str) -> float:
+        """The least scale that is as good as the best, within the noise: more than that costs diversity beside strong CFG."""
+        scores = scored(groups, said)
+        return min(scale for score, scale in scores if score <= 1.02 * scores[0][0])
 
     def rows_of(settings: dict[str, Any], judged: Sequence[tuple[str, int]] = JUDGED[:2]) -> list[Row]:
         return [Row(sampler, steps, frozen(settings), **base) for sampler, steps in judged]
@@ -418,9 +426,16 @@ def choose(bench: Bench, n: int) -> None:
     low = round(1.25 * schedule["sigma_min"], 3)
     scales = [round(settings["sag_scale"] * factor, 3) for factor in (0.5, 0.7, 1.0, 1.4)]
     last = {scale: {**settings, "sag_scale": scale, "sigma_range": (low, high)} for scale in scales}
-    scored = rank({scale: rows_of(s, JUDGED) for scale, s in last.items()}, "without the last step")
-    settings = last[scored[0]]
+    settings = last[weakest({scale: rows_of(s, JUDGED) for scale, s in last.items()}, "without the last step")]
     save_choice(bench, settings=settings)
+
+    # In one pass, where the direction is one call late: how strong then
+    late = {
+        scale: rows_of({**settings, "one_pass": True, "sag_scale": scale}, (*JUDGED, ("euler_ancestral", STEPS["euler_ancestral"])))
+        for scale in (round(settings["sag_scale"] * factor, 3) for factor in (1.0, 1.4, 2.0))
+    }
+    bench.run([row.plain for row in next(iter(late.values()))])
+    save_choice(bench, **{"sag_scale in one pass": weakest(late, "in one pass")})
 
     # Beside classifier-free guidance: how strong then
     for cond_scale in (1.5, 3.0):
@@ -429,8 +444,8 @@ def choose(bench: Bench, n: int) -> None:
             for scale in (round(settings["sag_scale"] * factor, 3) for factor in (0.25, 0.5, 1.0))
         }
         bench.run([row.plain for row in next(iter(beside.values()))])
-        taken = rank(beside, f"by category, cond_scale {cond_scale}")
-        save_choice(bench, **{f"sag_scale beside cond_scale {cond_scale}": taken[0]})
+        taken = weakest(beside, f"by category, cond_scale {cond_scale}")
+        save_choice(bench, **{f"sag_scale beside cond_scale {cond_scale}": taken})
 
 
 def save_choice(bench: Bench, **found: Any) -> None:
@@ -454,11 +469,9 @@ def report_rows(choice: dict[str, Any]) -> list[Row]:
         return [plain, dataclasses.replace(plain, sag=frozen(settings))]
 
     def cheaper(sampler: str, steps: int, **row: Any) -> list[Row]:
-        forms: list[dict[str, Any]] = [
-            {"one_pass": True},
-            *({"every": n} for n in (2, 3, 4)),
-            *({"one_pass": True, "every": n} for n in (2, 3)),
-        ]
+        late: list[dict[str, Any]] = [{"one_pass": True}, *({"one_pass": True, "every": n} for n in (2, 3))]
+        stronger = choice.get("sag_scale in one pass", settings["sag_scale"])
+        forms = [*late, *({**form, "sag_scale": stronger} for form in late), *({"every": n} for n in (2, 3, 4))]
         exact = pair(sampler, steps, **row)[1]
         return [dataclasses.replace(exact, sag=frozen({**settings, **form})) for form in forms]
 

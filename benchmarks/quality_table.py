@@ -48,6 +48,15 @@ def form_of(row: Row) -> dict[str, Any]:
     return {name: row.settings[name] for name in FORMS if name in row.settings}
 
 
+def differing(row: Row, group: Group) -> dict[str, Any]:
+    """What a row sets otherwise than the group."""
+    return {name: value for name, value in row.settings.items() if (name, value) not in group.settings}
+
+
+def with_strength(group: Group, sag_scale: float) -> Group:
+    return Group(frozen({**dict(group.settings), "sag_scale": sag_scale}), group.schedule)
+
+
 # --- Numbers ---
 
 
@@ -122,6 +131,10 @@ def usual(found: dict[Row, list[Pair]], samplers: Sequence[str]) -> dict[Row, li
     return dict(there[sampler] for sampler in samplers if sampler in there)
 
 
+def in_order(row: Row) -> tuple[Any, ...]:
+    return row.cond_scale or 0, list(STEPS).index(row.sampler), -row.steps
+
+
 def ordered(found: dict[Row, list[Pair]]) -> dict[Row, list[Pair]]:
     return dict(sorted(found.items(), key=lambda line: (MAIN.index(line[0].sampler), line[0].cond_scale or 0, line[0].steps)))
 
@@ -194,33 +207,30 @@ def kept_cell(exact_pair: Pair, form: Result) -> str:
     return f"{' / '.join(shares)} % ({evaluations(form) / evaluations(exact_pair.plain):.2f})"
 
 
-def forms_table(results: Results, rows: Sequence[Row]) -> str:
-    """A row for each exact row, unconditional, of which there are cheaper forms; of one set of seeds."""
-    forms = sorted({frozen(form_of(row)) for row in rows if form_of(row)}, key=lambda form: (len(form), form))
+def forms_table(results: Results, group: Group, rows: Sequence[Row]) -> str:
+    """How much of the gain of a group's exact rows its cheaper ones keep; of one set of seeds."""
+    forms = sorted({frozen(differing(row, group)) for row in rows}, key=lambda form: (len(form), form))
+    exact_rows = {dataclasses.replace(row, sag=group.settings) for row in rows}
     body = []
-    for row in sorted(rows, key=lambda row: (list(STEPS).index(row.sampler), -row.steps)):
-        if form_of(row) or row.cond_scale is not None or row.plain not in results:
+    for row in sorted(exact_rows, key=in_order):
+        if row not in results or row.plain not in results:
             continue
         pair = Pair(results[row.plain], results[row])
         cheaper = [results.get(dataclasses.replace(row, sag=frozen({**row.settings, **dict(form)}))) for form in forms]
-        if any(cheaper):
-            cells = ["" if result is None else kept_cell(pair, result) for result in cheaper]
-            body.append([f"{row.sampler}, {row.steps} steps", f"{FD(pair.plain):.2f} → {FD(pair.sag):.2f}", *cells])
-    names = [", ".join(f"`{name}={value}`" for name, value in reversed(form)) for form in forms]
-    return table(["", "FD, plain → exact SAG", *names], body) if body else ""
+        cells = ["" if result is None else kept_cell(pair, result) for result in cheaper]
+        body.append([case(row), f"{FD(pair.plain):.2f} → {FD(pair.sag):.2f}", *cells])
+    return table(["", "FD, plain → exact SAG", *(settings_name(dict(form)) for form in forms)], body) if body else ""
 
 
 def strengths_table(results: Results, rows: Sequence[Row]) -> str:
     """The Fréchet distance over plain's, at each strength."""
     scales = sorted({row.settings["sag_scale"] for row in rows})
-    cases: dict[tuple, dict[float, Row]] = defaultdict(dict)
-    for row in rows:
-        case = row.cond_scale or 0, list(STEPS).index(row.sampler), -row.steps, f"{steps(row)}, {condition(row)}"
-        cases[case][row.settings["sag_scale"]] = row
+    cases: dict[str, dict[float, Row]] = defaultdict(dict)
+    for row in sorted(rows, key=in_order):
+        cases[case(row)][row.settings["sag_scale"]] = row
     body = []
-    for case, there in sorted(cases.items()):
-        cells = [f"{ratio(results, there[scale], FD):.3f}" if scale in there else "" for scale in scales]
-        body.append([case[-1], *cells])
+    for name, there in cases.items():
+        body.append([name, *(f"{ratio(results, there[scale], FD):.3f}" if scale in there else "" for scale in scales)])
     return table(["`sag_scale`", *(f"{scale:g}" for scale in scales)], body)
 
 
@@ -250,7 +260,22 @@ def condition(row: Row) -> str:
     return "unconditional" if row.cond_scale is None else f"by category, `cond_scale={row.cond_scale:g}`"
 
 
+def case(row: Row) -> str:
+    return f"{steps(row)}, {condition(row)}"
+
+
+def settings_name(settings: dict[str, Any]) -> str:
+    """
+    >>> settings_name({"every": 2, "sag_scale": 2.0, "one_pass": True})
+    '`one_pass=True, every=2, sag_scale=2`'
+    """
+    ordered = sorted(settings.items(), key=lambda item: [*FORMS, item[0]].index(item[0]))
+    return f"`{', '.join(f'{name}={written(value)}' for name, value in ordered)}`"
+
+
 def written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value)
     if isinstance(value, tuple):
         return f"({', '.join(f'{part:g}' for part in value)})"
     return f'"{value}"' if isinstance(value, str) else f"{value:g}"
@@ -266,9 +291,11 @@ def described(group: Group) -> str:
     return f"`{settings}`; Karras's schedule, sigma {scheduled(group)}"
 
 
-def differing(group: Group, chosen: Group) -> str:
-    """The settings that are not the chosen ones."""
-    return ", ".join(f"{name} {written(value)}" for name, value in group.settings if (name, value) not in chosen.settings)
+def title(group: Group, chosen: Group) -> str:
+    """What a group sets otherwise than the chosen one."""
+    if group.schedule != chosen.schedule:
+        return f"At sigma {scheduled(group)}"
+    return f"At {', '.join(f'{name} {written(value)}' for name, value in group.settings if (name, value) not in chosen.settings)}"
 
 
 def origin(results: Results, rows: Sequence[Row]) -> str:
@@ -283,26 +310,40 @@ def origin(results: Results, rows: Sequence[Row]) -> str:
     )
 
 
-def group_section(results: Results, group: Group, title: str) -> str:
-    rows = [row for row in results if row.sag is not None and group_of(row) == group and row.seeds in REPORT_SEEDS]
-    rows = [row for row in rows if row.dtype == "float16"]
-    found = lines(results, sorted(rows, key=lambda row: row.seeds))
+def group_tables(results: Results, group: Group, also: Sequence[Group] = ()) -> list[str]:
+    """Tables of a group's rows; `also` are its settings at other strengths, in one pass and beside CFG."""
+    reported = [row for row in results if row.sag is not None and row.seeds in REPORT_SEEDS and row.dtype == "float16"]
+    rows = [row for row in reported if group_of(row) == group]
+    beside = [row for row in reported if group_of(row) in also and row.cond_scale is not None and not form_of(row)]
+    late = [row for row in reported if group_of(row) in also and "one_pass" in form_of(row)]
+    cheaper = [*filter(form_of, rows), *late]
+    found = lines(results, sorted([*rows, *beside], key=lambda row: row.seeds))
     main, every = usual(found, MAIN), usual(found, SAMPLERS)
     categories = ordered(exact(found, cond_scale=(1.0, 1.5, 3.0)))
     along = ordered(exact(found, sampler=MAIN))
+
+    def beside_cfg(row: Row) -> str:
+        strength = differing(row, group)
+        return f"{row.sampler}, {condition(row)}{f', {settings_name(strength)}' if strength else ''}"
+
     parts = {
         "Unconditional, mean ± standard deviation over the sets of seeds": spread_table(main) if main else "",
         "Each sampler at a usual number of steps": pairs_table(every, steps) if len(every) > len(main) else "",
-        "By category, and with CFG": pairs_table(categories, lambda row: f"{row.sampler}, {condition(row)}") if categories else "",
+        "By category, and with CFG": pairs_table(categories, beside_cfg) if categories else "",
         "Along steps": pairs_table(along, steps) if len(along) > len(main) else "",
         f"Cheaper forms: FD gain kept in % of exact SAG's, by the first and the second judge (evaluations over plain's); "
-        f"— where exact SAG gains less than {SMALL_GAIN:.0%}": forms_table(results, rows),
+        f"— where exact SAG gains less than {SMALL_GAIN:.0%}": forms_table(results, group, cheaper),
     }  # fmt: skip
     missing = [name.partition(",")[0].partition(":")[0].lower() for name, text in parts.items() if not text]
     head = f"{described(group)}. {origin(results, rows)}."
     if missing:
         head += f" Not measured yet at these settings: {', '.join(missing)}."
-    return "\n\n".join([f"### {title}", head, *(f"{name}:\n\n{text}" for name, text in parts.items() if text)])
+    shown = [f"{name}:\n\n{text}" for name, text in parts.items() if text]
+    if cheaper:
+        forms = lines(results, sorted(cheaper, key=in_order))
+        in_full = pairs_table(forms, lambda row: f"{case(row)}, {settings_name(differing(row, group))}")
+        shown.append(folded("The cheaper forms in full", [in_full]))
+    return [head, *shown]
 
 
 def choice_section(results: Results, rows: Sequence[Row], chosen: Group) -> str:
@@ -312,11 +353,13 @@ def choice_section(results: Results, rows: Sequence[Row], chosen: Group) -> str:
 
     wanted = {name: value for name, value in chosen.settings if name != "sag_scale"}
     strengths = [row for row in rows if but_strength(row) == wanted]
+    late = [row for row in rows if but_strength(row) == {**wanted, "one_pass": True}]
     layers = [row for row in rows if row.sampler == "euler" and row.cond_scale is None
               and but_strength(row) == {"attention": row.settings["attention"], "blur_sigma": 2.0}]  # fmt: skip
     best = []
     for sampler in MAIN:
-        tried = [row for row in rows if row.sampler == sampler and row.cond_scale is None]
+        usual_rows = [row for row in rows if row.sampler == sampler and row.steps == STEPS[sampler] and row.cond_scale is None]
+        tried = [row for row in usual_rows if not form_of(row)]
         if not tried:
             continue
         row = min(tried, key=lambda row: ratio(results, row, FD))
@@ -328,6 +371,7 @@ def choice_section(results: Results, rows: Sequence[Row], chosen: Group) -> str:
         f"Lowest: {'; '.join(best)}.",
         f"Layers (euler, `blur_sigma=2`):\n\n{layers_table(results, layers)}",
         f"Strength, all other settings as chosen:\n\n{strengths_table(results, strengths)}",
+        *([f"Strength in one pass:\n\n{strengths_table(results, late)}"] if late else []),
     ])  # fmt: skip
 
 
@@ -337,19 +381,17 @@ def folded(title: str, parts: Sequence[str]) -> str:
 
 def report(results: Results, choice: dict[str, Any]) -> str:
     chosen = Group(frozen(choice["settings"]), frozen(choice["schedule"]))
-    groups = dict.fromkeys(group_of(row) for row in results if row.sag is not None and row.seeds in REPORT_SEEDS)
-    others = [group for group in groups if group != chosen and group.schedule == chosen.schedule]
-    elsewhere = [
-        group_section(results, group, f"At sigma {scheduled(group)}") for group in groups if group.schedule != chosen.schedule
-    ]
+    also = {with_strength(chosen, value) for name, value in choice.items() if name.startswith("sag_scale ")} - {chosen}
+    exact_rows = [row for row in results if row.sag is not None and row.seeds in REPORT_SEEDS and not form_of(row)]
+    others = sorted({*map(group_of, exact_rows)} - {chosen, *also}, key=lambda group: (group.schedule != chosen.schedule, group))
     tried = [row for row in results if row.sag is not None and row.seeds == CHOICE_SEEDS and row.schedule == chosen.schedule]
     return "\n\n".join([
         "FD and KID by the bundled classifier, against the pictures that the model was trained on; the second judge is another "
         "classifier, trained apart from both. Evaluations are of the network, a sample. Time is that of a batch, the median of a "
         "row's batches but for its first, which may include compiling.",
-        *([group_section(results, chosen, "At the recommended settings")] if chosen in groups else []),
-        *(group_section(results, group, f"At {differing(group, chosen)}") for group in others),
-        *([folded("At other schedules", elsewhere)] if elsewhere else []),
+        "### At the recommended settings",
+        *group_tables(results, chosen, list(also)),
+        *(folded(title(group, chosen), group_tables(results, group)) for group in others),
         *([choice_section(results, [row for row in tried if row.plain in results], chosen)] if tried else []),
     ]) + "\n"  # fmt: skip
 

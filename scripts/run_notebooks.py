@@ -67,7 +67,8 @@ def small(png: str) -> str:
     if image.mode == "P":
         return png
     file = io.BytesIO()
-    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
+    few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)  # the median cut shifts hues
+    few.save(file, format="PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 

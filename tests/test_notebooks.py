@@ -166,7 +166,12 @@ def test_stable_diffusion_shows_the_pipeline_at_path(pipeline, tmp_path):
 
 @pytest.mark.slow
 @each
-def test_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(path):
-    again = freeze(run(path))
+def test_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(path, tmp_path):
+    """In fewer steps: its code is otherwise what it is. What is stored is of a whole run."""
+    notebook = read(path)
+    for cell in code_cells(notebook):
+        cell.source = re.sub(r"get_sigmas_karras\((24|16), ", "get_sigmas_karras(6, ", cell.source)
+    nbformat.write(notebook, tmp_path / path.name)
+    again = freeze(run(tmp_path / path.name))
     assert pictures(again) == pictures(read(path))
     assert not any(output.get("name") == "stderr" for cell in code_cells(again) for output in cell.outputs)
