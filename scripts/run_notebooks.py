@@ -67,7 +67,8 @@ def small(png: str) -> str:
     if image.mode == "P":
         return png
     file = io.BytesIO()
-    few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)  # the median cut shifts hues
+    # Pillow's default, the median cut, shifts hues
+    few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     few.save(file, format="PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
