@@ -135,7 +135,12 @@ def graphed(passes: list[Step]) -> Step:
         with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
             model_pass()
         graphs.append(graph)
-    return in_turn([graph.replay for graph in graphs])
+
+    def step() -> None:
+        for graph, _ in zip(graphs, passes, strict=True):  # the passes hold what the graphs read
+            graph.replay()
+
+    return step
 
 
 def guided_step(guided: ksag.SAGDenoiser, inputs: Inputs, cond_scale: float = 7.5, **options: float) -> Callable[[], Tensor]:

@@ -182,11 +182,12 @@ def pairs_table(found: dict[Row, list[Pair]], name: Callable[[Row], str]) -> str
     body = []
     for row, pairs in found.items():
         kid, precision, recall, calls = (mean(pairs, measure) for measure in (KID, PRECISION, RECALL, evaluations))
+        times = ratios([pair for pair in pairs if pair.plain["device"] == pair.sag["device"]], seconds)
         body.append([
             name(row), *(f"{value:.2f}" for value in mean(pairs, FD)), bold(spread(ratios(pairs, FD), ".3f")),
             spread(ratios(pairs, SECOND_FD), ".3f"), f"{1000 * kid[0]:.1f} → {1000 * kid[1]:.1f}",
             f"{precision[0]:.3f} → {precision[1]:.3f}", f"{recall[0]:.3f} → {recall[1]:.3f}", f"{calls[0]:.0f} → {calls[1]:.0f}",
-            f"× {statistics.mean(ratios(pairs, seconds)):.2f}",
+            f"× {statistics.mean(times):.2f}" if times else "",
         ])  # fmt: skip
     return table(head, body)
 

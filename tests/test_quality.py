@@ -60,6 +60,9 @@ def ratio(sag=CHOSEN, **wanted):
     return statistics.mean(ratios(sag, **wanted))
 
 
+LATE = CHOICE["sag_scale in one pass"]
+
+
 def kept(form, **wanted):
     """The share of exact SAG's gain that a cheaper form keeps, in %, by either judge."""
     shares = []
@@ -167,19 +170,44 @@ def test_the_parameters_page_says_what_was_tried():
 
 def test_the_page_says_what_the_cheaper_forms_keep():
     text, parameters = (" ".join((ROOT / "docs" / page).read_text().split()) for page in ("evaluate.md", "parameters.md"))
-    one, two = {"one_pass": True}, {"every": 2}
-    usual = [{"sampler": s} for s in ("euler", "euler_ancestral", "dpmpp_2m_sde")]
-    few = {"sampler": "dpmpp_2m", "steps": 12}
-    first = {str(form): [kept(form, **case)[0] for case in (*usual, few)] for form in (one, two, one | two)}
-    a, b, c = first.values()
-    assert f"`one_pass` keeps {a[0]} % of exact SAG's gain with `euler`, {a[1]} % with `euler_ancestral`, and {a[2]} % with" in text
-    assert f"`every=2` {b[0]}, {b[1]} and {b[2]} %; both together {c[0]}, {c[1]} and {c[2]} %" in text
-    assert f"At 12 steps of `dpmpp_2m` they keep {a[3]}, {b[3]} and {c[3]} %" in text
-    third = one | {"every": 3}
-    names = {"one_pass=True": one, "every=2": two, "one_pass=True, every=2": one | two, "one_pass=True, every=3": third}
+    one, two, strong = {"one_pass": True}, {"every": 2}, {"one_pass": True, "sag_scale": LATE}
+    cases = [
+        {"sampler": "euler"}, {"sampler": "dpmpp_2m"}, {"sampler": "euler_ancestral"}, {"sampler": "dpmpp_2m_sde"},
+        {"sampler": "dpmpp_2m", "steps": 12},
+    ]  # fmt: skip
+    one_, two_, strong_, both_ = ([kept(form, **case)[0] for case in cases] for form in (one, two, strong, strong | two))
+    assert (
+        f"`one_pass` keeps {one_[0]} % of exact SAG's gain with `euler`, {one_[2]} % with `euler_ancestral`, and {one_[3]} % with"
+        in text
+    )
+    assert f"`every=2` {two_[0]}, {two_[2]} and {two_[3]} %" in text
+    assert (
+        f"it keeps {strong_[0]}, {strong_[2]} and {strong_[3]} %, and with `every=2` {both_[0]}, {both_[2]} and {both_[3]} %"
+        in text
+    )
+    by_category = (kept(form, sampler="dpmpp_2m", cond_scale=1.0)[0] for form in (strong, strong | two))
+    assert "with `dpmpp_2m`, these keep {} and {} %".format(*by_category) in text
+    assert f"`one_pass` at `sag_scale={LATE}` keeps {strong_[4]} %, `every=2` {two_[4]} %, and both {both_[4]} %" in text
+    little = [{"sampler": "dpmpp_2m", "steps": 48}, {"sampler": "heun"}]
+    left = [[ratio({**CHOSEN, **form}, seeds=2, **case) for case in little] for form in (strong, {}, one)]
+    assert (
+        "too much: {:.2f} and {:.2f} of plain's distance, where exact SAG has {:.2f} and {:.2f}, and one pass at its".format(
+            *left[0], *left[1]
+        )
+        in text
+    )
+    assert "at its strength, 1.4, has {:.2f} and {:.2f}".format(*left[2]) in text
+    assert f"1.4 times as large: {LATE} for the bundled model" in parameters and round(1.4 * CHOSEN["sag_scale"], 3) == LATE
+    names = {
+        "`one_pass=True`": one,
+        "the same, 1.4 times as strong": strong,
+        "`every=2`": two,
+        "`one_pass=True, every=2`, 1.4 times as strong": strong | two,
+        "`one_pass=True, every=3`, 1.4 times as strong": strong | {"every": 3},
+    }
     for name, form in names.items():
-        cells = (", ".join(map(str, kept(form, **case))).replace("-", "−") + " %" for case in (*usual, few))
-        assert f"| `{name}` | {' | '.join(cells)} |" in parameters
+        cells = (", ".join(map(str, kept(form, **case))).replace("-", "−") + " %" for case in cases)
+        assert f"| {name} | {' | '.join(cells)} |" in parameters
 
 
 def test_the_tables_of_one_judge_and_a_few_rows():
@@ -197,6 +225,14 @@ def test_what_was_chosen_is_what_is_recommended():
     assert {**CHOSEN, "sigma_range": tuple(CHOSEN["sigma_range"])} == zoo.SETTINGS and CHOICE["schedule"] == quality.SCHEDULE
     model = zoo.load_config()["model"]
     assert {name: model[name] for name in ("sigma_min", "sigma_max")} == {k: v for k, v in CHOICE["schedule"].items() if k != "rho"}
+
+
+def test_what_was_chosen_follows_from_the_rows(bench, monkeypatch):
+    """Again from all that was measured, and by its own rules, but that nothing is measured anew."""
+    (bench.out / "quality.jsonl").write_text((ROOT / "benchmarks/quality.jsonl").read_text())
+    monkeypatch.setattr(bench, "measure", lambda row: pytest.fail(f"not measured: {quality.describe(row)}"))
+    quality.choose(bench, 1000)
+    assert json.loads((bench.out / "quality_choice.json").read_text()) == CHOICE
 
 
 def test_settings_are_chosen_on_other_seeds_than_reported():
