@@ -7,6 +7,7 @@ seeds show what SAG does; those of the choice's seeds show how it was chosen.
 import dataclasses
 import json
 import math
+import re
 import statistics
 import textwrap
 from collections import defaultdict
@@ -143,7 +144,7 @@ def ordered(found: dict[Row, list[Pair]]) -> dict[Row, list[Pair]]:
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Columns in which nothing stands are left out.
+    """Columns in which nothing stands are left out; a cell does not break at ± and →.
 
     >>> print(table(["", "a", "b"], [["x", "1", ""], ["y", "", ""]]))
     |  | a |
@@ -153,7 +154,8 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """
     rows = [head, ["---"] * len(head), *body]
     filled = [0, *(i for i in range(1, len(head)) if any(row[i] for row in rows[2:]))]
-    return "\n".join("| " + " | ".join(row[i] for i in filled) + " |" for row in rows)
+    text = "\n".join("| " + " | ".join(row[i] for i in filled) + " |" for row in rows)
+    return re.sub(" ([±→/]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", text).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def bold(text: str) -> str:
