@@ -386,14 +386,14 @@ def report(results: Results, choice: dict[str, Any]) -> str:
     chosen = Group(frozen(choice["settings"]), frozen(choice["schedule"]))
     also = {with_strength(chosen, value) for name, value in choice.items() if name.startswith("sag_scale ")} - {chosen}
     exact_rows = [row for row in results if row.sag is not None and row.seeds in REPORT_SEEDS and not form_of(row)]
-    others = sorted({*map(group_of, exact_rows)} - {chosen, *also}, key=lambda group: (group.schedule != chosen.schedule, group))
+    groups = set(map(group_of, exact_rows))
+    others = sorted(groups - {chosen, *also}, key=lambda group: (group.schedule != chosen.schedule, group))
     tried = [row for row in results if row.sag is not None and row.seeds == CHOICE_SEEDS and row.schedule == chosen.schedule]
     return "\n\n".join([
         "FD and KID by the bundled classifier, against the pictures that the model was trained on; the second judge is another "
         "classifier, trained apart from both. Evaluations are of the network, a sample. Time is that of a batch, the median of a "
         "row's batches but for its first, which may include compiling.",
-        "### At the recommended settings",
-        *group_tables(results, chosen, list(also)),
+        *(["### At the recommended settings", *group_tables(results, chosen, list(also))] if chosen in groups else []),
         *(folded(title(group, chosen), group_tables(results, group)) for group in others),
         *([choice_section(results, [row for row in tried if row.plain in results], chosen)] if tried else []),
     ]) + "\n"  # fmt: skip
