@@ -170,7 +170,7 @@ def test_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(path, tmp_pat
     """In fewer steps: its code is otherwise what it is. What is stored is of a whole run."""
     notebook = read(path)
     for cell in code_cells(notebook):
-        cell.source = re.sub(r"get_sigmas_karras\((24|16), ", "get_sigmas_karras(6, ", cell.source)
+        cell.source = re.sub(r"get_sigmas_karras\((24|16), ", "get_sigmas_karras(4, ", cell.source)
     nbformat.write(notebook, tmp_path / path.name)
     again = freeze(run(tmp_path / path.name))
     assert pictures(again) == pictures(read(path))
