@@ -208,7 +208,7 @@ def test_the_page_says_what_the_cheaper_forms_keep():
     in_order = [cases[i] for i in (0, 1, 4, 2)]
     for name, form in names.items():
         cells = " | ".join(f"{kept(form, **case)[0]} %" for case in in_order)
-        assert re.search(rf"\| {re.escape(name)} \| (\d\.\d\d )?\| {cells} \|", parameters), name
+        assert re.search(rf"\| {re.escape(name)} \| (\d\.\d\d )?{re.escape(f'| {cells} |')}", parameters), name
 
 
 def test_the_tables_of_one_judge_and_a_few_rows():
