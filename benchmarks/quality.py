@@ -351,6 +351,11 @@ def best(bench: Bench, results: dict[str, dict[str, Any]], groups: dict[Any, lis
     return sorted(scores, key=lambda score: score[0])
 
 
+def gain_kept(plain: float, exact: float, form: float) -> float:
+    """The share of exact SAG's gain over plain sampling that a cheaper form of it has, by their distances."""
+    return (plain - form) / (plain - exact)
+
+
 def choose(bench: Bench, n: int) -> None:
     base: dict[str, Any] = {"n": n, "seeds": CHOICE_SEEDS}
 
@@ -385,7 +390,7 @@ def choose(bench: Bench, n: int) -> None:
         return [name for _, name in scored(groups, said)]
 
     def weakest(groups: dict[float, list[Row]], said: str) -> float:
-        """The least scale that is as good as the best, within the noise: more than that costs diversity beside strong CFG."""
+        """The least scale that is as good as the best, within the noise: stronger SAG harms elsewhere first, such as beside CFG."""
         scores = scored(groups, said)
         return min(scale for score, scale in scores if score <= 1.02 * scores[0][0])
 
@@ -439,8 +444,7 @@ def choose(bench: Bench, n: int) -> None:
     results = bench.run([*exact, *(row.plain for row in exact), *itertools.chain(*late.values())])
 
     def kept(row: Row, exact_row: Row) -> float:
-        plain, full, form = (bench.fd(results[r.key]) for r in (exact_row.plain, exact_row, row))
-        return (plain - form) / (plain - full)
+        return gain_kept(*(bench.fd(results[r.key]) for r in (exact_row.plain, exact_row, row)))
 
     least = {scale: min(map(kept, rows, exact)) for scale, rows in late.items()}
     bench.log(f"in one pass, what is kept at least: {least}")

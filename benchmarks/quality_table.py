@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from quality import CHOICE_SEEDS, REPORT_SEEDS, STEPS, Row, frozen, load_results
+from quality import CHOICE_SEEDS, REPORT_SEEDS, STEPS, Row, frozen, gain_kept, load_results
 
 from ksag.samplers import SAMPLERS
 
@@ -144,7 +144,7 @@ def ordered(found: dict[Row, list[Pair]]) -> dict[Row, list[Pair]]:
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Columns in which nothing stands are left out; a cell does not break at ± and →.
+    """Columns in which nothing stands are left out; a cell does not break at ±, →, / and %.
 
     >>> print(table(["", "a", "b"], [["x", "1", ""], ["y", "", ""]]))
     |  | a |
@@ -196,12 +196,12 @@ def pairs_table(found: dict[Row, list[Pair]], name: Callable[[Row], str]) -> str
 
 def kept(exact_pair: Pair, form: Result, measure: Callable[[Result], float]) -> str:
     """How much of exact SAG's gain another form has, in %."""
-    gain = measure(exact_pair.plain) - measure(exact_pair.sag)
-    if math.isnan(gain):
+    plain, exact_sag, cheaper = (measure(result) for result in (*exact_pair, form))
+    if math.isnan(plain):
         return ""
-    if gain < SMALL_GAIN * measure(exact_pair.plain):
+    if plain - exact_sag < SMALL_GAIN * plain:
         return "—"
-    return f"{100 * (measure(exact_pair.plain) - measure(form)) / gain:.0f}".replace("-", "−")
+    return f"{100 * gain_kept(plain, exact_sag, cheaper):.0f}".replace("-", "−")
 
 
 def kept_cell(exact_pair: Pair, form: Result) -> str:
@@ -268,12 +268,13 @@ def case(row: Row) -> str:
 
 
 def settings_name(settings: dict[str, Any]) -> str:
-    """
+    """As keywords, the form first.
+
     >>> settings_name({"every": 2, "sag_scale": 2.0, "one_pass": True})
     '`one_pass=True, every=2, sag_scale=2`'
     """
-    ordered = sorted(settings.items(), key=lambda item: [*FORMS, item[0]].index(item[0]))
-    return f"`{', '.join(f'{name}={written(value)}' for name, value in ordered)}`"
+    form = {name: settings[name] for name in FORMS if name in settings}
+    return f"`{', '.join(f'{name}={written(value)}' for name, value in (form | settings).items())}`"
 
 
 def written(value: Any) -> str:
