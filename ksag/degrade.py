@@ -17,9 +17,9 @@ def attention_mask(saliency: Tensor, threshold: float, size: tuple[int, int]) ->
         size: (h, w) of the latent.
 
     Returns:
-        (b, 1, h, w) of zeros and ones, float32 (the mask M of Hong et al. 2023, arXiv:2210.00939, section 4.3).
+        (b, 1, h, w) bool (the mask M of Hong et al. 2023, arXiv:2210.00939, section 4.3).
     """
-    return F.interpolate((saliency > threshold).float().unsqueeze(1), size, mode="nearest")
+    return F.interpolate(saliency.unsqueeze(1), size, mode="nearest") > threshold
 
 
 def gaussian_blur(x: Tensor, sigma: float, kernel_size: int) -> Tensor:
@@ -39,8 +39,9 @@ def gaussian_blur(x: Tensor, sigma: float, kernel_size: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         # in half precision the rounded weights of a Gaussian would no longer sum to 1
         y = x.to(torch.promote_types(x.dtype, torch.float32))
-        t = torch.arange(-half, half + 1, device=y.device, dtype=y.dtype).expand(c, -1)
-        g = torch.softmax((t / max(sigma, SMALLEST_SIGMA)).square() * -0.5, dim=1)
+        end = half / max(sigma, SMALLEST_SIGMA)
+        t = torch.linspace(-end, end, kernel_size, device=y.device, dtype=y.dtype)
+        g = torch.softmax(t.square() * -0.5, dim=0).expand(c, -1)
         y = F.pad(y, (half, half, half, half), mode="reflect")
         y = F.conv2d(y, g[:, None, None], groups=c)
         return F.conv2d(y, g[:, None, :, None], groups=c).to(x.dtype)
@@ -48,4 +49,4 @@ def gaussian_blur(x: Tensor, sigma: float, kernel_size: int) -> Tensor:
 
 def degrade(u: Tensor, mask: Tensor, blur_sigma: float, kernel_size: int) -> Tensor:
     """mask · blur(u) + (1 − mask) · u, (b, c, h, w): what the model attended to, taken away (section 4.3 of the paper)."""
-    return torch.where(mask.bool(), gaussian_blur(u, blur_sigma, kernel_size), u)
+    return torch.where(mask, gaussian_blur(u, blur_sigma, kernel_size), u)

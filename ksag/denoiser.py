@@ -318,7 +318,7 @@ class SAGDenoiser(nn.Module):
     def _keep_step(self, seen: list[Tensor], d: Tensor, r: Tensor, mask_threshold: float) -> None:
         if traces := self._traces.get():
             sigma, saliency, u = seen
-            mask = attention_mask(saliency, mask_threshold, (u.shape[2], u.shape[3]))
+            mask = attention_mask(saliency, mask_threshold, (u.shape[2], u.shape[3])).float()
             for steps in traces:
                 steps.append(TraceStep(sigma, saliency, mask, u, *self._copies(d, r)))
 

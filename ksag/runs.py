@@ -14,8 +14,8 @@ RISE = 1.5
 
 
 class Kept(NamedTuple):
-    sigma: Tensor
-    """(b,) noise levels of the call that left it."""
+    limit: Tensor
+    """(b,) where sigma is above it, a run begins: RISE times the noise level of the call that left the value."""
     value: Tensor
     """(b, c, h, w)"""
 
@@ -44,15 +44,15 @@ class Run:
         kept = self._kept.get()
         if kept is None or (kept.value.shape, kept.value.dtype, kept.value.device) != (like.shape, like.dtype, like.device):
             return torch.zeros_like(like)
-        begins, value = sigma > RISE * kept.sigma, kept.value
+        begins, value = sigma > kept.limit, kept.value
         if with_sigma:
-            ratio = sigma / kept.sigma.clamp(min=torch.finfo(sigma.dtype).tiny)  # sigma may be 0
+            ratio = RISE * sigma / kept.limit.clamp(min=torch.finfo(sigma.dtype).tiny)  # sigma may be 0
             value = value * ratio[:, None, None, None].to(value.dtype)
-        return torch.where(begins[:, None, None, None], torch.zeros_like(like), value)
+        return torch.where(begins[:, None, None, None], 0, value)
 
     def keep(self, sigma: Tensor, value: Tensor) -> None:
         """Leaves `value`, (b, c, h, w), of a call at `sigma`, (b,), for the next call."""
-        self._kept.set(Kept(sigma.detach().clone(), value.detach()))
+        self._kept.set(Kept(RISE * sigma.detach(), value.detach()))
 
     def reset(self) -> None:
         """Begins a run at this thread's next call."""

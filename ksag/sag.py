@@ -15,7 +15,7 @@ from ksag.degrade import attention_mask, degrade
 def take_away(
     u: Tensor, saliency: Tensor, *, blur_sigma: float = 2.0, blur_kernel_size: int = 9, mask_threshold: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Steps 4 and 5, with the arguments of `self_attention_guidance`: the mask (b, 1, h, w), and d: u, blurred under it."""
+    """Steps 4 and 5, with the arguments of `self_attention_guidance`: the mask, (b, 1, h, w) bool, and d: u, blurred under it."""
     mask = attention_mask(saliency, mask_threshold, (u.shape[2], u.shape[3]))
     return mask, degrade(u, mask, blur_sigma, blur_kernel_size)
 
@@ -80,4 +80,4 @@ def self_attention_guidance(
     """
     mask, d = take_away(u, saliency, blur_sigma=blur_sigma, blur_kernel_size=blur_kernel_size, mask_threshold=mask_threshold)
     r = denoise(d + (x - u))
-    return Guidance(mask, d, r)
+    return Guidance(mask.float(), d, r)

@@ -30,10 +30,9 @@ def attention(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) ->
     b, heads, tokens, _ = q.shape
     keys = k.shape[2]
     size = max(1, MAX_LOGITS // (b * heads * keys))
-    with torch.autocast(q.device.type, enabled=False):
-        # flat, for bmm: matmul would copy those of a batch again for each chunk
-        q, k = (x.to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1) for x in (q, k))
-        q, k = q * scale, k.mT
+    # flat, for bmm: matmul would copy those of a batch again for each chunk
+    q, k = (x.to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1) for x in (q, k))
+    q, k = q * scale, k.mT
     rows = q.split(size, dim=1)
     masks = [None] * len(rows) if mask is None else mask.expand(b, heads, tokens, keys).split(size, dim=2)
     return [partial(_softmax, q, k, mask, (b, heads)) for q, mask in zip(rows, masks, strict=True)]

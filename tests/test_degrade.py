@@ -34,19 +34,19 @@ def test_mask_is_strictly_above_the_threshold_and_nearest_upsampled():
     saliency = torch.tensor([[[1.0, 1.5, 0.5], [2.0, 0.2, 0.8]]])
     mask = attention_mask(saliency, 1.0, (4, 6))
     expected = torch.tensor([[0, 1, 0], [1, 0, 0]]).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    assert torch.equal(mask[0, 0], expected.float())
+    assert torch.equal(mask[0, 0], expected.bool())
 
 
 @pytest.mark.parametrize("size", [(7, 10), (5, 9), (16, 24)])
 def test_mask_upsampling_to_sizes_that_do_not_divide(size):
     saliency = torch.rand(2, 4, 5) * 2
-    assert torch.equal(attention_mask(saliency, 1.0, size), upsampled((saliency > 1).float(), size))
+    assert torch.equal(attention_mask(saliency, 1.0, size), upsampled(saliency > 1, size))
 
 
 def test_degrade_touches_only_what_is_under_the_mask():
-    u, mask = torch.randn(2, 3, 16, 16), (torch.rand(2, 1, 16, 16) > 0.5).float()
+    u, mask = torch.randn(2, 3, 16, 16), torch.rand(2, 1, 16, 16) > 0.5
     d = degrade(u, mask, 2.0, 9)
-    where = mask.bool().expand_as(u)
+    where = mask.expand_as(u)
     assert torch.equal(d[~where], u[~where])
     assert torch.equal(d[where], gaussian_blur(u, 2.0, 9)[where])
     assert d.dtype == u.dtype
