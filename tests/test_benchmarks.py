@@ -33,8 +33,7 @@ BATCH_ONE = [r for r in RUN["steps"] if (r["model"], r["side"], r["batch"]) in (
 NAMES = {gpu.SAG: "exact SAG", gpu.ONE: "one pass", gpu.THIRD: "one pass at every third call"}
 
 
-def over_plain(result, form, mode):
-    times = result["times"]
+def over_plain(times, form, mode):
     return statistics.median(a / b for a, b in zip(times[gpu.key(form, mode)], times[gpu.key(gpu.CFG, mode)], strict=True))
 
 
@@ -43,7 +42,7 @@ def test_the_readmes_table_of_costs_is_that_of_the_run():
     for result in BATCH_ONE:
         for form, name in NAMES.items():
             memory = result["peaks"][gpu.key(form, gpu.EAGER)] / result["peaks"][gpu.key(gpu.CFG, gpu.EAGER)]
-            times = (f"{over_plain(result, form, mode):.2f}" for mode in (gpu.EAGER, gpu.GRAPHED))
+            times = (f"{over_plain(result['times'], form, mode):.2f}" for mode in (gpu.EAGER, gpu.GRAPHED))
             assert f"\n| {result['model']}, batch 1: {name} | {' | '.join(times)} | {memory:.2f} |\n" in readme
 
 
@@ -56,7 +55,7 @@ def test_the_performance_pages_first_table_is_that_of_the_run():
         (gpu.ONE, gpu.GRAPHED),
         (gpu.THIRD, gpu.GRAPHED),
     ):
-        ratios = " | ".join(f"{over_plain(result, form, mode):.2f}" for result in BATCH_ONE)
+        ratios = " | ".join(f"{over_plain(result['times'], form, mode):.2f}" for result in BATCH_ONE)
         assert f"\n| {NAMES[form]}, {mode} | {ratios} |\n" in page
 
 
@@ -73,20 +72,16 @@ def test_the_performance_page_says_what_the_run_says():
     eager, graphed = (statistics.median(over(gpu.PIPELINE, name)) for name in (one_eager, one_graphed))
     assert f"ComfyUI's own node takes {node:.2f} times its plain step" in page
     assert f"{eager:.2f} times as long as one pass, eager, and {graphed:.2f} times as long as one pass with CUDA graphs" in page
-    third, third_of_xl = (
-        statistics.median(over(gpu.key(gpu.THIRD, gpu.GRAPHED), gpu.key(gpu.CFG, gpu.GRAPHED), result["times_in_a_run"]))
-        for result in BATCH_ONE
-    )
+    third, third_of_xl = (over_plain(result["times_in_a_run"], gpu.THIRD, gpu.GRAPHED) for result in BATCH_ONE)
     assert f"CUDA graphs, in `sample_euler` | {third:.2f} | {third_of_xl:.2f} |" in page
     assert f"in `sample_euler` it is {third:.2f}" in page
-    run = small["times_in_a_run"]
     parameters = (ROOT / "docs/parameters.md").read_text()
     for form, name in (
         (gpu.SAG, "exact"),
         (gpu.ONE, "`one_pass=True`"),
         (gpu.THIRD, "`one_pass=True, every=3`, 1.4 times as strong"),
     ):
-        cost = statistics.median(over(gpu.key(form, gpu.GRAPHED), gpu.key(gpu.CFG, gpu.GRAPHED), run))
+        cost = over_plain(small["times_in_a_run"], form, gpu.GRAPHED)
         assert f"\n| {name} | {cost:.2f} | " in parameters
     low, _, high = statistics.quantiles(over(one_eager, gpu.key(gpu.FLOOR_ONE, gpu.EAGER)), n=4)
     assert f"the quartiles of one pass over its floor are {low:.2f} to {high:.2f}" in page
@@ -104,11 +99,11 @@ def test_the_performance_page_says_what_the_run_says():
 
 def test_the_performance_page_says_what_compiling_gains():
     page = " ".join((ROOT / "docs/performance.md").read_text().split())
-    times = BATCH_ONE[0]["times"]
+    small = BATCH_ONE[0]
+    times = small["times"]
     names = gpu.key(gpu.ONE, gpu.BOTH), gpu.key(gpu.CFG, gpu.BOTH)
     one, plain = (f"{statistics.median(times[name]) * 1e3:.1f} ms" for name in names)
-    alone = over_plain(BATCH_ONE[0], gpu.ONE, gpu.BOTH)
-    in_a_run = over_plain({"times": BATCH_ONE[0]["times_in_a_run"]}, gpu.ONE, gpu.BOTH)
+    alone, in_a_run = (over_plain(small[kind], gpu.ONE, gpu.BOTH) for kind in ("times", "times_in_a_run"))
     assert f"takes {one} with CUDA graphs: {alone:.2f} of plain guidance's {plain} in the same mode" in page
     assert f"(in `sample_euler` {in_a_run:.2f})" in page
     pipeline = statistics.median(a / b for a, b in zip(times[gpu.PIPELINE], times[names[0]], strict=True))
