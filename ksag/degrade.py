@@ -40,8 +40,8 @@ def gaussian_blur(x: Tensor, sigma: float, kernel_size: int) -> Tensor:
         # in half precision the rounded weights of a Gaussian would no longer sum to 1
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         end = half / max(sigma, SMALLEST_SIGMA)
-        t = torch.linspace(-end, end, kernel_size, device=y.device, dtype=y.dtype).expand(c, -1)
-        g = torch.softmax(t.square() * -0.5, dim=1)
+        t = torch.linspace(-end, end, kernel_size, device=y.device, dtype=y.dtype)
+        g = torch.softmax(t.square() * -0.5, dim=0).expand(c, -1)
         y = F.pad(y, (half, half, half, half), mode="reflect")
         y = F.conv2d(y, g[:, None, None], groups=c)
         return F.conv2d(y, g[:, None, :, None], groups=c).to(x.dtype)
