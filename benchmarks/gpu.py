@@ -108,7 +108,7 @@ def bare_pass(denoiser: torch.nn.Module, inputs: Inputs, parts: str) -> Step:
     """One pass of the model for the conditionings that `parts` spells, "u" and "c"."""
     x, sigma, cond, uncond = inputs
     n = len(parts)
-    both = ksag.conditioning.join(*({"u": uncond, "c": cond}[part] for part in parts))
+    both = ksag.model.conditioning.join(*({"u": uncond, "c": cond}[part] for part in parts))
     x, sigma = torch.cat([x] * n), torch.cat([sigma] * n)
     return lambda: denoiser(x, sigma, **both)
 
@@ -149,7 +149,7 @@ def guided_step(guided: ksag.SAGDenoiser, inputs: Inputs, cond_scale: float = 7.
 
 
 def float32(tree: Any) -> Any:
-    return ksag.conditioning.transform(lambda leaf: leaf.float(), tree)
+    return ksag.model.conditioning.transform(lambda leaf: leaf.float(), tree)
 
 
 class Computed(NamedTuple):

@@ -37,7 +37,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import ksag
-from ksag import evaluate, features, zoo
+from ksag import evaluate, zoo
+from ksag.evaluate import features
 from ksag.samplers import SAMPLERS
 
 CHOICE_SEEDS, REPORT_SEEDS = 1, (2, 3, 4)

@@ -1,6 +1,6 @@
 """`python -m ksag` is the command `ksag`."""
 
-from ksag.cli import main
+from ksag.commands.cli import main
 
 if __name__ == "__main__":
     main(prog_name="python -m ksag")

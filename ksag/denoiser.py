@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksag import checks, keywords, table
-from ksag.cfg import Rule, name_of, plain
-from ksag.conditioning import Conditioning
-from ksag.degrade import attention_mask
-from ksag.graphs import CUDAGraphs
-from ksag.parameters import PARAMETERS, finite, flag
-from ksag.passes import Passes
-from ksag.runs import Calls, Run, ended_by_errors
-from ksag.sag import overlap, self_attention_guidance, take_away
-from ksag.tap import AttentionTap
-from ksag.threads import PerThread
-from ksag.trace import Trace, TraceStep
+from ksag.attention import table
+from ksag.attention.tap import AttentionTap
+from ksag.guidance.blur import attention_mask
+from ksag.guidance.cfg import Rule, name_of, plain
+from ksag.guidance.runs import Calls, Run, ended_by_errors
+from ksag.guidance.sag import overlap, self_attention_guidance, take_away
+from ksag.guidance.trace import Trace, TraceStep
+from ksag.model import checks, keywords
+from ksag.model.conditioning import Conditioning
+from ksag.model.graphs import CUDAGraphs
+from ksag.model.parameters import PARAMETERS, finite, flag
+from ksag.model.passes import Passes
+from ksag.model.threads import PerThread
 
 
 def only(acts: bool | Tensor, t: Tensor) -> Tensor:

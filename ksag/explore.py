@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ksag.conditioning import Conditioning
 from ksag.denoiser import SAGDenoiser
-from ksag.parameters import PARAMETERS, PER_CALL
-from ksag.picture import overlay, to_image
+from ksag.images import overlay, to_image
+from ksag.model.conditioning import Conditioning
+from ksag.model.parameters import PARAMETERS, PER_CALL
 from ksag.samplers import SAMPLERS, sample
 
 try:

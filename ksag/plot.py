@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ksag.trace import TraceStep
+from ksag.guidance.trace import TraceStep
 
 try:
     import matplotlib.figure

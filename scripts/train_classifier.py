@@ -1,7 +1,7 @@
 """How is the classifier trained whose features judge emoji?  `python scripts/train_classifier.py --data emoji`
 
-Trains `ksag.features.Classifier` on the pictures that `make_emoji.py` wrote, to tell category, style, and (by a head that is
-thrown away, so that the features know more of a picture than its 56 sorts) which emoji it is. It writes into `--out`
+Trains `ksag.evaluate.features.Classifier` on the pictures that `make_emoji.py` wrote, to tell category, style, and (by a head that
+is thrown away, so that the features know more of a picture than its 56 sorts) which emoji it is. It writes into `--out`
 `classifier.safetensors`, with its accuracy on held-out emoji and what its features notice in its metadata, and
 `statistics.safetensors`, the features of the pictures that were trained on. The denoiser has no part in it.
 """
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from train_emoji import Pictures, load_pictures, rotation, scaling, to_reals, translation
 
-from ksag import features, zoo
-from ksag.evaluate import frechet_distance, statistics
+from ksag import zoo
+from ksag.evaluate import features, frechet_distance, statistics
 
 
 def emoji_numbers(folder: Path, styles: tuple[str, ...]) -> Tensor:

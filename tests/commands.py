@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from ksag import zoo
-from ksag.cli import main
+from ksag.commands.cli import main
 from tests.models import randomise
 
 

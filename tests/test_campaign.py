@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 
-import ksag.sag
-import ksag.tap
+import ksag.attention.tap
+import ksag.guidance.sag
 from ksag import cfg
 from tests import campaign
 
@@ -42,19 +42,19 @@ def failures(numbers):
 
 
 def test_a_mask_with_another_threshold_fails(monkeypatch):
-    exact = ksag.sag.attention_mask
+    exact = ksag.guidance.sag.attention_mask
     monkeypatch.setattr(ksag.sag, "attention_mask", lambda saliency, threshold, size: exact(saliency, threshold + 0.02, size))
     assert len(failures(FEW)) > 2
 
 
 def test_a_saliency_that_is_a_thousandth_off_fails(monkeypatch):
-    exact = ksag.tap.saliency
-    monkeypatch.setattr(ksag.tap, "saliency", lambda *args: exact(*args) * 1.001)
+    exact = ksag.attention.tap.saliency
+    monkeypatch.setattr(ksag.attention.tap, "saliency", lambda *args: exact(*args) * 1.001)
     assert len(failures(FEW)) > 8
 
 
 def test_a_blur_that_is_a_ten_thousandth_off_fails(monkeypatch):
-    exact = ksag.sag.degrade
+    exact = ksag.guidance.sag.degrade
     monkeypatch.setattr(ksag.sag, "degrade", lambda *args: exact(*args) * (1 + 1e-4))
     assert len(failures(FEW)) > 4
 

@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 import ksag
-from ksag import picture, zoo
-from ksag.cli import main
+from ksag import images as picture
+from ksag import zoo
+from ksag.commands.cli import main
 from ksag.commands.infotext import SAMPLER_NAMES
 from ksag.commands.options import LEFT_OUT, SAG_OPTIONS
-from ksag.parameters import PARAMETERS
+from ksag.model.parameters import PARAMETERS
 from ksag.samplers import SAMPLERS
 from ksag.samplers import sample as sample_latents
 from tests.commands import READERS, invoke, pixels, save_small_model, save_small_transformer, text
@@ -400,7 +401,7 @@ def test_too_little_memory_is_an_error_that_says_what_takes_less(sample, monkeyp
 
 
 def test_what_ksag_finds_wrong_while_the_model_runs_is_one_line(sample, monkeypatch):
-    monkeypatch.setattr(ksag.recording.Recording, "missing", 1)
+    monkeypatch.setattr(ksag.attention.recording.Recording, "missing", 1)
     assert "ran for" in sample("--out", "never.png", code=1)
 
 
@@ -415,7 +416,7 @@ def test_a_k_diffusion_model_needs_no_diffusers(weights, tmp_path):
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(('diffusers', 'transformers', 'accelerate', 'huggingface_hub')))  # not installed\n"
-        "from ksag.cli import main\n"
+        "from ksag.commands.cli import main\n"
         f"main(['sample', '--weights', {str(weights)!r}, '--device', 'cpu', '--steps', '2', '--n', '1', '--out', 'x.png'])\n"
     )
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from ksag.conditioning import check, join, joinable, leaves, repeat, transform, unshared
+from ksag.model.conditioning import check, join, joinable, leaves, repeat, transform, unshared
 
 
 def nested(fill: float, tokens: int = 7):

@@ -126,7 +126,7 @@ def test_a_copy_of_the_model_alone_is_not_watched(monkeypatch):
     expected = call(guided)
     alone = copy.deepcopy(denoiser)
     x, sigma, cond, _ = inputs()
-    monkeypatch.setattr(ksag.tap.AttentionTap, "_start", lambda *_: pytest.fail("it was seen"))
+    monkeypatch.setattr(ksag.attention.tap.AttentionTap, "_start", lambda *_: pytest.fail("it was seen"))
     with guided.tap.recording(rows=2):
         alone(x, sigma, mapping_cond=cond)
     monkeypatch.undo()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ksag.degrade import attention_mask, degrade, gaussian_blur
+from ksag.guidance.blur import attention_mask, degrade, gaussian_blur
 from tests.reference import blurred, upsampled
 
 

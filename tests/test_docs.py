@@ -14,8 +14,8 @@ import nbformat
 import pytest
 import torch
 
+import ksag.attention.families
 import ksag.explore
-import ksag.families
 from tests.diffusers_pipelines import stable_diffusion
 from tests.models import LatentDiffusion, make_denoiser
 
@@ -122,7 +122,7 @@ def test_the_performance_page_has_the_table_of_the_gpu(site):
 @pytest.fixture
 def families(monkeypatch):
     """The families, for a page that adds one to them."""
-    monkeypatch.setattr(ksag.families, "FAMILIES", list(ksag.families.FAMILIES))
+    monkeypatch.setattr(ksag.attention.families, "FAMILIES", list(ksag.attention.families.FAMILIES))
 
 
 def examples(page):
@@ -252,9 +252,10 @@ def test_every_place_that_the_page_names_exists():
 
 
 MODULES = (
-    "samplers", "zoo", "adapters.diffusers", "plot", "explore", "picture", "evaluate", "features",
-    "attention", "cfg", "compiled", "conditioning", "degrade", "families", "families.family", "families.sdpa", "recording", "runs",
-    "sag", "saliency", "selfcheck", "tap", "keywords", "checksum",
+    "samplers", "zoo", "adapters.diffusers", "plot", "explore", "images", "evaluate", "evaluate.features",
+    "attention.find", "attention.families", "attention.families.family", "attention.families.sdpa", "attention.recording",
+    "attention.saliency", "attention.check", "attention.tap", "guidance.cfg", "guidance.blur", "guidance.runs", "guidance.sag",
+    "model.compiled", "model.conditioning", "model.keywords", "model.checksum",
 )  # fmt: skip
 INSIDE = {"Settings", "Result", "Session", "Newest", "Kept", "has_modules"}  # what others are made of
 

@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import nn
 
-from ksag import evaluate, features
+from ksag import evaluate
 from ksag.commands.evaluate import evaluate as command
 from ksag.commands.evaluate import report
+from ksag.evaluate import features
 
 
 @pytest.fixture

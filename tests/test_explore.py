@@ -19,7 +19,7 @@ from PIL import Image
 
 import ksag
 from ksag.explore import PER_CALL, SHOWN, Newest, Session, explore
-from ksag.parameters import PARAMETERS
+from ksag.model.parameters import PARAMETERS
 from ksag.samplers import SAMPLERS, sample
 from tests.models import CLASSES as NUMBER_OF_CLASSES
 from tests.models import hooks

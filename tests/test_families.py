@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import ksag
-from ksag.attention import find_attention
-from ksag.tap import AttentionTap
+from ksag.attention.find import find_attention
+from ksag.attention.tap import AttentionTap
 from tests import models
 from tests.models import Around, Unknown, conditional, make_denoiser, seeded
 

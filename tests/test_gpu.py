@@ -11,10 +11,10 @@ from torch import nn
 
 import ksag
 from ksag.adapters.diffusers import denoiser as as_denoiser
+from ksag.attention.saliency import MAX_LOGITS, saliency
 from ksag.commands.pipeline import Pipeline
 from ksag.commands.sampling import Sampling
-from ksag.conditioning import transform
-from ksag.saliency import MAX_LOGITS, saliency
+from ksag.model.conditioning import transform
 from ksag.samplers import SAMPLERS, sample
 from tests.commands import invoke, pixels
 from tests.diffusers_pipelines import scheduler

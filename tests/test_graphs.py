@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ksag
-from ksag import graphs
+from ksag.model import graphs
 from ksag.samplers import SAMPLERS, sample
 from tests.models import inputs, make_denoiser
 

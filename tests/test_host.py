@@ -12,7 +12,7 @@ import torch
 
 import ksag
 from ksag import cfg
-from ksag.tap import AttentionTap
+from ksag.attention.tap import AttentionTap
 from tests.models import hooks, inputs, make_denoiser
 
 SETTINGS = {"blur_sigma": 1.5, "blur_kernel_size": 7, "mask_threshold": 0.9}

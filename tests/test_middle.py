@@ -26,8 +26,8 @@ from ldm.modules.diffusionmodules.model import Encoder
 from torch import nn
 
 import ksag
-from ksag.attention import find_attention
-from ksag.tap import AttentionTap
+from ksag.attention.find import find_attention
+from ksag.attention.tap import AttentionTap
 from tests import models
 from tests.models import MID_ATTN1, WatchAttention, conditional, hooks, seeded
 

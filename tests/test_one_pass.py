@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import ksag
 from ksag import cfg
-from ksag.runs import Run
-from ksag.sag import overlap
+from ksag.guidance.runs import Run
+from ksag.guidance.sag import overlap
 from ksag.samplers import SAMPLERS, sample
 from tests import reference
 from tests.models import inputs, make_denoiser

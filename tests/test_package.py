@@ -29,22 +29,27 @@ def test_import_ksag_is_light():
     assert result.stdout.strip() == "set()", result.stdout + result.stderr
 
 
-FIRST_ROOMS = (
-    "denoiser", "sag", "cfg", "runs", "passes", "tap", "recording", "selfcheck", "compiled", "threads", "graphs", "attention",
-    "families/*", "parameters", "checks", "saliency", "degrade", "conditioning", "trace", "table",
-)  # fmt: skip
+CORE = ("denoiser.py", "guidance/*.py", "attention/**/*.py", "model/*.py")
 
 
-def test_the_first_rooms_know_torch_only():
-    for room in FIRST_ROOMS:
-        files = sorted((ROOT / "ksag").glob(f"{room}.py"))
-        assert files, f"ksag/{room}.py is not there"
+def test_the_core_imports_torch_and_einops_only():
+    for pattern in CORE:
+        files = sorted((ROOT / "ksag").glob(pattern))
+        assert files, f"ksag/{pattern} is missing"
         for file in files:
             tree = ast.parse(file.read_text())
             imports = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
             imports += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
             foreign = {i.split(".")[0] for i in imports} - set(sys.stdlib_module_names) - {"torch", "einops", "ksag"}
             assert not foreign, f"{file} imports {foreign}"
+
+
+def test_the_package_has_at_most_16_entries_and_no_long_file():
+    package = ROOT / "ksag"
+    entries = {file.relative_to(package).parts[0] for file in package.rglob("*") if "__pycache__" not in file.parts}
+    assert len(entries) <= 16, sorted(entries)
+    long = {str(file): lines for file in package.rglob("*.py") if (lines := len(file.read_text().splitlines())) > 320}
+    assert not long, long
 
 
 def test_python_m_ksag():

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import ksag
-from ksag import cfg, parameters
-from ksag.parameters import PARAMETERS, PER_CALL
+from ksag import cfg
+from ksag.model import parameters
+from ksag.model.parameters import PARAMETERS, PER_CALL
 from tests.models import hooks, inputs, make_denoiser
 
 NUMBER = r"must be a number, got "

@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
-from ksag import evaluate, features, zoo
+from ksag import evaluate, zoo
+from ksag.evaluate import features
 from tests.commands import invoke, save_small_model
 from tests.emoji_packages import ROOT, make_data
 

@@ -3,8 +3,8 @@ import torch
 from measure import peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ksag.saliency
-from ksag.saliency import saliency
+import ksag.attention.saliency
+from ksag.attention.saliency import saliency
 
 
 def dense(q, k, scale):
@@ -13,9 +13,9 @@ def dense(q, k, scale):
     return attention.mean(1).sum(1) * k.shape[2] / q.shape[2]
 
 
-@pytest.mark.parametrize("budget", [ksag.saliency.MAX_LOGITS, 1000, 1])
+@pytest.mark.parametrize("budget", [ksag.attention.saliency.MAX_LOGITS, 1000, 1])
 def test_is_the_same_in_any_chunks(monkeypatch, budget):
-    monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", budget)
+    monkeypatch.setattr(ksag.attention.saliency, "MAX_LOGITS", budget)
     q, k = torch.randn(3, 2, 35, 16), torch.randn(3, 2, 35, 16)
     torch.testing.assert_close(saliency(q, k, 0.25).double(), dense(q, k, 0.25), rtol=1e-5, atol=0)
 
@@ -33,7 +33,7 @@ def test_queries_and_keys_are_copied_once_and_not_for_each_chunk(monkeypatch, b,
             return result
 
     copies: list[int] = []
-    monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", b * 2 * 32 * 8)  # four chunks
+    monkeypatch.setattr(ksag.attention.saliency, "MAX_LOGITS", b * 2 * 32 * 8)  # four chunks
     q, k = (torch.randn(b, 32, 2, 16).to(dtype).transpose(1, 2) for _ in range(2))  # as layers give them
     with Sizes():
         saliency(q, k, 0.25)
@@ -62,7 +62,7 @@ def test_autocast_does_not_lower_the_precision():
 
 
 def test_never_holds_the_whole_attention(monkeypatch):
-    monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", 4096)
+    monkeypatch.setattr(ksag.attention.saliency, "MAX_LOGITS", 4096)
     sizes = []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -82,7 +82,7 @@ def test_never_holds_the_whole_attention(monkeypatch):
 @pytest.mark.parametrize("b", [1, 2])
 @pytest.mark.parametrize("tokens", [256, 1024])
 def test_its_working_set_is_bounded(monkeypatch, tokens, b, dtype):
-    monkeypatch.setattr(ksag.saliency, "MAX_LOGITS", 2**16)
+    monkeypatch.setattr(ksag.attention.saliency, "MAX_LOGITS", 2**16)
     q, k = (torch.randn(b, tokens, 4, 16).to(dtype).transpose(1, 2) for _ in range(2))
     received, copies = 4 * b * tokens, 4 * (q.numel() + k.numel())
     assert peak_bytes(lambda: saliency(q, k, 0.25), q.device) <= 2 * 4 * 2**16 + 4 * received + copies

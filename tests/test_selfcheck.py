@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ksag
-from ksag import selfcheck
-from ksag.tap import AttentionTap
+from ksag.attention import check as selfcheck
+from ksag.attention.tap import AttentionTap
 from tests import models
 from tests.models import CASES, MID_ATTN1, Around, Unknown, WatchAttention, conditional, diffusers_call, seeded
 

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ksag import picture, zoo
+from ksag import images as picture
+from ksag import zoo
 from ksag.commands.model import in_turn
 from ksag.commands.options import nearest
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ksag
-from ksag import picture
+from ksag import images as picture
 from ksag.commands.infotext import infotext, sampling_fields, text
 from ksag.commands.model import in_turn
 from ksag.commands.open import CATEGORY, COND_SCALE, STYLE, open_model

@@ -9,10 +9,10 @@ import torch
 from tqdm import tqdm
 
 from ksag import evaluate as judging
-from ksag import features as extractors
+from ksag.attention.table import as_text
 from ksag.commands.options import Device
-from ksag.features import EXTRACTORS, Extractor
-from ksag.table import as_text
+from ksag.evaluate import features as extractors
+from ksag.evaluate.features import EXTRACTORS, Extractor
 
 
 def report(results: list[dict[str, Any]]) -> str:

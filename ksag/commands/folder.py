@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ksag import picture
+from ksag import images as picture
 
 SETTINGS = "ksag.json"
 

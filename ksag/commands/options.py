@@ -1,4 +1,4 @@
-"""The options that commands share. Those of SAG come from `ksag.parameters.PARAMETERS`, which also checks them."""
+"""The options that commands share. Those of SAG come from `ksag.model.parameters.PARAMETERS`, which also checks them."""
 
 import difflib
 import inspect
@@ -8,8 +8,9 @@ from typing import Any
 import click
 import torch
 
-from ksag import SAGDenoiser, cfg
-from ksag.parameters import PARAMETERS
+from ksag import SAGDenoiser
+from ksag.guidance import cfg
+from ksag.model.parameters import PARAMETERS
 from ksag.samplers import SAMPLERS
 
 RULES: dict[str, Callable[..., cfg.Rule]] = {"plain": lambda: cfg.plain, "rescale": cfg.rescale, "apg": cfg.apg}

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import to_tensor
 
 from ksag.adapters import diffusers
 from ksag.commands.model import in_turn
-from ksag.conditioning import join
+from ksag.model.conditioning import join
 
 COND_SCALE, STRENGTH = 7.5, 0.75
 """Where the user gives none."""

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import ksag
-from ksag import picture
+from ksag import images as picture
 from ksag.commands.folder import Folder
 from ksag.commands.infotext import infotext, sampling_fields
 from ksag.commands.model import in_turn

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ksag import SAGDenoiser, picture
+from ksag import SAGDenoiser
+from ksag import images as picture
 from ksag.commands.model import Model
 from ksag.samplers import sample
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ksag.checksum import checksum
+from ksag.model.checksum import checksum
 
 EMOJI = Path(__file__).parent / "emoji.safetensors"
 """The bundled model's weights."""

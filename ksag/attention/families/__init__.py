@@ -1,13 +1,13 @@
 """One file per library, one block per way of writing self-attention: `Family` says what a block holds.
 
 A way of writing attention that none of the blocks knows can be added, from anywhere: `FAMILIES.insert(0, mine)`. What is not in
-any block can still be read once it is named, if it calls `F.scaled_dot_product_attention`: `ksag.families.sdpa`.
+any block can still be read once it is named, if it calls `F.scaled_dot_product_attention`: `ksag.attention.families.sdpa`.
 """
 
 from torch import nn
 
-from ksag.families import compvis, diffusers, k_diffusion, lucidrains, nvlabs, openai, timm
-from ksag.families.family import Attention, Family, Seen
+from ksag.attention.families import compvis, diffusers, k_diffusion, lucidrains, nvlabs, openai, timm
+from ksag.attention.families.family import Attention, Family, Seen
 
 FAMILIES: list[Family] = [
     *k_diffusion.FAMILIES,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksag.conditioning import leaves, transform
+from ksag.model.conditioning import leaves, transform
 
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _capturing = threading.Lock()  # CUDA allows one capture at a time

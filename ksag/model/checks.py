@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ksag import conditioning
-from ksag.parameters import described, finite
+from ksag.model import conditioning
+from ksag.model.parameters import described, finite
 
 
 def inner_model(value: Any) -> nn.Module:

@@ -12,7 +12,7 @@ class PerThread(Generic[T]):
     """One value for each thread, gone when its thread ends; a copy starts anew.
 
     Dynamo cannot tell threads apart, so that a compiled function gets what was set last, by whichever thread. Threads that share a
-    compiled model have to take turns: see `ksag.compiled.turn`.
+    compiled model have to take turns: see `ksag.model.compiled.turn`.
 
     >>> value = PerThread(0)
     >>> value.set(3)

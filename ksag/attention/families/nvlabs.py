@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ksag.families.family import Attention, Family, Seen, from_image, has_modules, unet
+from ksag.attention.families.family import Attention, Family, Seen, from_image, has_modules, unet
 
 
 def _level(encoder: nn.Module, path: str) -> int:

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from ksag.families.family import Attention, Family, Seen, from_image, unet
+from ksag.attention.families.family import Attention, Family, Seen, from_image, unet
 
 
 def _level(input_blocks: nn.Module, path: str) -> int:

@@ -4,8 +4,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ksag.families.family import Attention
-from ksag.saliency import attention
+from ksag.attention.families.family import Attention
+from ksag.attention.saliency import attention
 
 FLOAT32_SUMS = 1e-4
 """The relative error that sums over many tokens may have in float32, however they are ordered."""
@@ -14,7 +14,7 @@ FLOAT32_SUMS = 1e-4
 def error(read: Attention, merged: str, grid: tuple[int, int], applied: Tensor, computes_in: torch.dtype | None = None) -> float:
     """How far the attention that was read is from the one that was applied, over what the dtype justifies: above 1 it is another.
 
-    The memory is that of `ksag.saliency`'s chunks. Reads the result on the host.
+    The memory is that of `ksag.attention.saliency`'s chunks. Reads the result on the host.
 
     Args:
         read: q, k, v, the scale and the mask, of any number of samples.

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ksag.families.family import Attention, Family, Place, Seen, from_tokens, has_modules, ran, stack, unet
+from ksag.attention.families.family import Attention, Family, Place, Seen, from_tokens, has_modules, ran, stack, unet
 
 
 def _is_attention(layer: Any, path: str, parent: nn.Module) -> bool:

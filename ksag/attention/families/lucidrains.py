@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ksag.families.family import Attention, Family, Seen, from_image, has_modules, unet
+from ksag.attention.families.family import Attention, Family, Seen, from_image, has_modules, unet
 
 MIDDLE = unet(down="downs", middle="(?:mid_attn|mids)", up="ups")
 

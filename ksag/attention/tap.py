@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksag import compiled, selfcheck
-from ksag.attention import WATCHERS, find_attention, hint
-from ksag.families import Attention, sdpa
-from ksag.recording import Recording
-from ksag.saliency import saliency
-from ksag.threads import PerThread
+from ksag.attention import check as selfcheck
+from ksag.attention.families import Attention, sdpa
+from ksag.attention.find import WATCHERS, find_attention, hint
+from ksag.attention.recording import Recording
+from ksag.attention.saliency import saliency
+from ksag.model import compiled
+from ksag.model.threads import PerThread
 
 
 def _resolve(module: Any, path: str) -> Any:

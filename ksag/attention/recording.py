@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ksag.families import Seen, sdpa
+from ksag.attention.families import Seen, sdpa
 
 
 class Recording:

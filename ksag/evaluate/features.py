@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ksag.checksum import checksum
+from ksag.model.checksum import checksum
 
-CLASSIFIER = Path(__file__).parent / "zoo/classifier.safetensors"
+CLASSIFIER = Path(__file__).parents[1] / "zoo/classifier.safetensors"
 """The bundled classifier of emoji."""
 EXTRACTORS = {"emoji": "bundled", "inception": "inception-v3-compat", "dinov2": "dinov2-vit-b-14"}
 """The names that `load` takes, and what torch-fidelity calls them."""

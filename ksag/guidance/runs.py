@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ksag.threads import PerThread
+from ksag.model.threads import PerThread
 
 RISE = 1.5
 """A run begins where sigma rises by more than this. Within a run it falls, or rises by at most √2: Heun's churn."""

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ksag.families.family import Attention
+from ksag.attention.families.family import Attention
 
 
 class Call(NamedTuple):

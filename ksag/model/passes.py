@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksag import checks, compiled
-from ksag.conditioning import Conditioning, join, joinable, repeat, unshared
-from ksag.graphs import CUDAGraphs
-from ksag.tap import AttentionTap
-from ksag.threads import PerThread
+from ksag.attention.tap import AttentionTap
+from ksag.model import checks, compiled
+from ksag.model.conditioning import Conditioning, join, joinable, repeat, unshared
+from ksag.model.graphs import CUDAGraphs
+from ksag.model.threads import PerThread
 
 
 class Pass:

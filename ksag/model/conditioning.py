@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ksag.parameters import described
+from ksag.model.parameters import described
 
 Conditioning: TypeAlias = Any
 """A tensor, batch first, or any nesting of mappings, lists, tuples and named tuples of such tensors."""

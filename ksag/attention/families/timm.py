@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ksag.families.family import Attention, Family, Seen, from_tokens, has_modules, ran, stack
+from ksag.attention.families.family import Attention, Family, Seen, from_tokens, has_modules, ran, stack
 
 
 def _is_attention(layer: Any, path: str, parent: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ksag import table
+from ksag.attention import table
 
 
 class TraceStep(NamedTuple):
@@ -22,7 +22,7 @@ class TraceStep(NamedTuple):
     """(b, c, h, w) d: u, blurred under the mask; in one pass, u without what the call before took away."""
     reevaluated: Tensor
     """(b, c, h, w) r: what the model makes of the degraded latent. SAG adds (d − r) · sag_scale to the guided prediction, in one
-    pass times `ksag.sag.overlap`."""
+    pass times `ksag.guidance.sag.overlap`."""
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value}" for name, value in zip(COLUMNS, self._cells(), strict=True))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ksag.parameters import finite, number
-from ksag.runs import Run
+from ksag.guidance.runs import Run
+from ksag.model.parameters import finite, number
 
 Rule: TypeAlias = Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
 """(u, g, cond_scale, x, sigma) → the guided prediction, (b, c, h, w)."""

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ksag.families.family import Attention, Family, Place, Seen, from_image, from_tokens, has_modules, stack, unet
+from ksag.attention.families.family import Attention, Family, Place, Seen, from_image, from_tokens, has_modules, stack, unet
 
 # SelfAttention2d, in k-diffusion's ImageDenoiserModelV1 and in v-diffusion
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ksag import families, table
-from ksag.families import Family
-from ksag.families.diffusers import is_joint
-from ksag.families.family import Place
-from ksag.parameters import described
+from ksag.attention import families, table
+from ksag.attention.families import Family
+from ksag.attention.families.diffusers import is_joint
+from ksag.attention.families.family import Place
+from ksag.model.parameters import described
 
 WATCHERS: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Any]]" = weakref.WeakKeyDictionary()
 """The open taps on each layer, for what they have seen of it."""

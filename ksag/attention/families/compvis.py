@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from ksag.families.family import Attention, Family, Seen, from_tokens, has_modules, ran
-from ksag.families.openai import MIDDLE
+from ksag.attention.families.family import Attention, Family, Seen, from_tokens, has_modules, ran
+from ksag.attention.families.openai import MIDDLE
 
 
 def _is_cross_attention(layer: Any, path: str, parent: nn.Module) -> bool:

@@ -4,7 +4,7 @@ The measures are four short formulas of features, in float64 on the features' de
 torch-fidelity, because that takes pictures by its own data sets alone and cannot save the statistics of a folder; because its
 Fréchet distance leaves the GPU for SciPy's square root of a matrix that is not symmetric; and because its kernel distance is the
 mean over random subsets of what is computed here over all. What is the same in both is tested to be equal, and Inception and
-DINOv2 are torch-fidelity's (`ksag.features`).
+DINOv2 are torch-fidelity's (`ksag.evaluate.features`).
 
 - Fréchet distance (FD; FID where the features are Inception's): Heusel et al., arXiv:1706.08500.
 - Kernel distance (KID): the unbiased squared maximum mean discrepancy with a cubic kernel, Bińkowski et al., arXiv:1801.01401.
@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ksag import features as extractors
-from ksag.features import Extractor
+from ksag.evaluate import features as extractors
+from ksag.evaluate.features import Extractor
 
-STATISTICS = Path(__file__).parent / "zoo/statistics.safetensors"
+STATISTICS = Path(__file__).parents[1] / "zoo/statistics.safetensors"
 """The bundled classifier's features of the pictures that the bundled model was trained on."""
 SUFFIXES = {".png", ".webp", ".jpg", ".jpeg", ".bmp"}
 BLOCK = 4096

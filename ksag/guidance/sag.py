@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ksag.degrade import attention_mask, degrade
+from ksag.guidance.blur import attention_mask, degrade
 
 
 def take_away(
