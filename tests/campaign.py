@@ -18,14 +18,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import k_diffusion as K
-import ldm.modules.attention
 import torch
 from denoising_diffusion_pytorch import Unet, classifier_free_guidance
 from diffusers import DiTTransformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from k_diffusion.models import flags
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.diffusionmodules.util import GroupNorm32
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -33,7 +30,11 @@ from torch.overrides import TorchFunctionMode
 import ksag
 from ksag import cfg
 from tests import reference
-from tests.models import conditional, randomise, unconditional
+from tests.models import conditional, ldm, randomise, unconditional
+
+ldm_attention = ldm("attention")
+UNetModel = ldm("diffusionmodules.openaimodel").UNetModel
+GroupNorm32 = ldm("diffusionmodules.util").GroupNorm32
 
 PER_SCENE = 10
 """How many cases share a scene."""
@@ -72,7 +73,7 @@ def steps(sigma: Tensor) -> Tensor:
 
 def ldm_call(m: Any, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
     # ldm's own cast of the queries would end a float64 reference
-    with mock.patch.object(ldm.modules.attention, "_ATTN_PRECISION", "any"):
+    with mock.patch.object(ldm_attention, "_ATTN_PRECISION", "any"):
         return m(x, steps(sigma), cond)
 
 

@@ -55,7 +55,6 @@ class Schedule:
 
 def test_the_papers_repository():
     """On the UNet that it is for, tiny: so the layer is another than the page's."""
-    pytest.importorskip("ldm")
     denoiser = K.external.OpenAIDenoiser(seeded(openai_unet(False)), Schedule, has_learned_sigmas=False)
     code = BLOCKS["The paper's repository"]
     assert code.count("N = 2 ") == 1

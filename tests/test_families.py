@@ -1,132 +1,18 @@
 """Every family is read as the layer applied it: against the attention watched while the layer runs, in float64.
 
 The classes are the real ones of their packages where there is a package. guided-diffusion's AttentionBlock is in CompVis's
-ldm; improved-diffusion, EDM, EDM2 and k-diffusion's second transformer are in none, and have stand-ins here, which say so.
+ldm; improved-diffusion, EDM, EDM2 and k-diffusion's second transformer are in none: tests/models.py has stand-ins for them.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import k_diffusion as K
 import pytest
 import torch
-from denoising_diffusion_pytorch import KarrasUnet, Unet
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 import ksag
 from ksag.attention.find import find_attention
 from ksag.attention.tap import AttentionTap
-from tests import models
-from tests.models import Around, Unknown, conditional, make_denoiser, seeded
-
-
-class Watch(TorchFunctionMode):
-    """The attention, (b heads or b, heads, queries, keys), of each softmax and each SDPA call inside a layer."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.inside = False
-        self.seen: list[torch.Tensor] = []
-        layer.register_forward_pre_hook(lambda *_: setattr(self, "inside", True))
-        layer.register_forward_hook(lambda *_: setattr(self, "inside", False))
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if self.inside and func is F.scaled_dot_product_attention:
-            q, k = args[0].double(), args[1].double()
-            scale = kwargs.get("scale")
-            self.seen.append((q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1))
-        elif self.inside and func in (torch.softmax, torch.Tensor.softmax, F.softmax):
-            self.seen.append(out.double())
-        return out
-
-
-# The cases
-
-
-class Case(NamedTuple):
-    model: Callable[[], nn.Module]
-    call: Callable[[Any, torch.Tensor], Any]
-    path: str
-    """Of the layer that "middle" is."""
-    channels: int = 3
-    factor: int = 2
-    """How much smaller the grid is than the input."""
-    sizes: tuple[tuple[int, int], ...] = ((16, 16), (12, 20))
-    memory: int = 0
-    attention: str = "middle"
-
-
-def with_sigma(m, x):
-    return m(x, torch.ones(x.shape[0]))
-
-
-def alone(m, x):
-    return m(x)
-
-
-def compvis_call(m, x):
-    return m(x, torch.full(x.shape[:1], 500), torch.ones(x.shape[0], 7, 64) * 0.3)
-
-
-def diffusers_call(m, x):
-    return m(x, 500, torch.ones(x.shape[0], 7, 64) * 0.3)
-
-
-MID_ATTN1 = "mid_block.attentions.0.transformer_blocks.0.attn1"
-CASES = {
-    "k-diffusion": Case(
-        lambda: make_denoiser().inner_model, with_sigma, "u_net.d_blocks.1.2", sizes=((16, 16), (10, 14))
-    ),
-    "k-diffusion transformer v1": Case(
-        lambda: K.models.ImageTransformerDenoiserModelV1(3, 128, 128, 3, 3, (2, 2)), with_sigma,
-        "blocks.1.self_attn",
-    ),
-    "k-diffusion transformer v2": Case(lambda: models.ChannelsLast(32), alone, "mid_level.0"),
-    "CompVis": Case(models.compvis_unet, compvis_call, "middle_block.1.transformer_blocks.0.attn1", 4),
-    "CompVis, memory efficient": Case(
-        lambda: Around("middle_block.1", models.SpatialTransformer(32)), alone, "middle_block.1.attn1", factor=1,
-        sizes=((8, 8), (7, 9)),
-    ),
-    "guided-diffusion, legacy order": Case(models.openai_unet(False), with_sigma, "middle_block.1", 4),
-    "guided-diffusion, new order": Case(models.openai_unet(True), with_sigma, "middle_block.1", 4),
-    "improved-diffusion": Case(
-        lambda: Around("middle_block.1", models.ImprovedAttentionBlock(32, 2)), alone, "middle_block.1", factor=1,
-        sizes=((8, 8), (7, 9)),
-    ),
-    "EDM": Case(lambda: Around("dec.8x8_in0", models.EDMBlock(32, 2), "emb"), alone, "dec.8x8_in0"),
-    "EDM2": Case(
-        lambda: Around("dec.8x8_in0", models.EDM2Block(32, 2), "emb"), alone, "dec.8x8_in0", factor=1, sizes=((8, 8), (7, 9))
-    ),
-    "diffusers": Case(conditional, diffusers_call, MID_ATTN1, 4),
-    "diffusers, SD 2.x": Case(
-        lambda: conditional(use_linear_projection=True, attention_head_dim=(2, 4)), diffusers_call, MID_ATTN1, 4
-    ),
-    "diffusers, SDXL": Case(
-        lambda: conditional(transformer_layers_per_block=(1, 2), use_linear_projection=True), diffusers_call, MID_ATTN1, 4
-    ),
-    "diffusers, fused": Case(models.fused, diffusers_call, MID_ATTN1, 4),
-    "diffusers, LoRA": Case(models.with_lora, diffusers_call, MID_ATTN1, 4),
-    "diffusers, norm_q and norm_k": Case(models.with_norms, diffusers_call, MID_ATTN1, 4),
-    "diffusers, unconditional": Case(models.unconditional, lambda m, x: m(x, 500), "mid_block.attentions.0"),
-    "lucidrains": Case(
-        lambda: Unet(32, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2), with_sigma, "mid_attn", memory=4
-    ),
-    "lucidrains, flash": Case(
-        lambda: Unet(32, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2, flash_attn=True), with_sigma,
-        "mid_attn", memory=4,
-    ),
-    "lucidrains, KarrasUnet": Case(
-        lambda: KarrasUnet(image_size=16, dim=32, dim_max=64, channels=3, num_downsamples=1, num_blocks_per_stage=1, attn_res=(8,),
-                           attn_dim_head=16), with_sigma, "mids.0.attn", memory=4, sizes=((16, 16),),
-    ),
-    "any other": Case(
-        lambda: Around("mine", Unknown(32)), alone, "mine", factor=1, sizes=((8, 8), (7, 9)), attention="mine"
-    ),
-}  # fmt: skip
+from tests.models import CASES, MID_ATTN1, Around, Unknown, WatchAttention, diffusers_call, seeded
 
 
 def build(case):
@@ -148,7 +34,7 @@ def test_read_as_applied(name, size, batch):
     grid = (size[0] // case.factor, size[1] // case.factor)
     assert seen.saliency().shape == (batch, *grid) and tap.grid == grid
 
-    with Watch(tap.layer) as watch:
+    with WatchAttention(tap.layer) as watch:
         case.call(model, x)
     (attention,) = watch.seen
     tokens = grid[0] * grid[1]

@@ -22,7 +22,6 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from ldm.modules.diffusionmodules.model import Encoder
 from torch import nn
 
 import ksag
@@ -70,7 +69,7 @@ def vae():
 
 
 def ldm_encoder():
-    return Encoder(
+    return models.ldm("diffusionmodules.model").Encoder(
         ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16, z_channels=4
     )
 
