@@ -1,10 +1,15 @@
-"""Self-Attention Guidance for any k-diffusion sampler."""
+"""Guidance without training for any k-diffusion sampler: SAG, PAG and SEG, alone or together."""
 
 from ksag.attention.find import AttentionLayer, list_attention
-from ksag.denoiser import SAGDenoiser
+from ksag.denoiser import GuidedDenoiser, SAGDenoiser
 from ksag.guidance import cfg
-from ksag.guidance.sag import Guidance, self_attention_guidance
+from ksag.guidance.direction import Ask, Call, Direction
+from ksag.guidance.perturbed import PAG, SEG
+from ksag.guidance.sag import SAG, Guidance, self_attention_guidance
 from ksag.guidance.trace import Trace, TraceStep
 
-__all__ = ["AttentionLayer", "Guidance", "SAGDenoiser", "Trace", "TraceStep", "cfg", "list_attention", "self_attention_guidance"]
-__version__ = "0.1.0"
+__all__ = [
+    "PAG", "SAG", "SEG", "Ask", "AttentionLayer", "Call", "Direction", "Guidance", "GuidedDenoiser", "SAGDenoiser", "Trace",
+    "TraceStep", "cfg", "list_attention", "self_attention_guidance",
+]  # fmt: skip
+__version__ = "0.2.0"

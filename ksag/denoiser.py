@@ -1,310 +1,211 @@
-"""SAGDenoiser: Self-Attention Guidance for any k-diffusion sampler."""
+"""GuidedDenoiser: guidance for any k-diffusion sampler. The four steps of a call are in `forward`, the rest is around them."""
 
 import contextlib
+import copy
+import functools
 import math
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ksag.attention import table
 from ksag.attention.tap import AttentionTap
-from ksag.guidance.blur import attention_mask
-from ksag.guidance.cfg import Rule, name_of, plain
-from ksag.guidance.runs import Calls, Run, ended_by_errors
-from ksag.guidance.sag import overlap, self_attention_guidance, take_away
-from ksag.guidance.trace import Trace, TraceStep
+from ksag.guidance.cfg import Rule, plain, shown
+from ksag.guidance.direction import Call, Direction
+from ksag.guidance.hooks import Hooks
+from ksag.guidance.plan import Plan, make_plan
+from ksag.guidance.runs import RunState, ended_by_errors
+from ksag.guidance.sag import SAG
+from ksag.guidance.trace import Trace
 from ksag.model import checks, keywords
 from ksag.model.conditioning import Conditioning
 from ksag.model.graphs import CUDAGraphs
-from ksag.model.parameters import PARAMETERS, finite, flag
-from ksag.model.passes import Passes
-from ksag.model.threads import PerThread
+from ksag.model.parameters import CHECKS, PARAMETERS, finite, flag
+from ksag.model.passes import Found, Part, Passes
+from ksag.model.threads import Fixed, PerThread
 
-
-def only(acts: bool | Tensor, t: Tensor) -> Tensor:
-    """t (b, c, h, w) where SAG acts on the sample, and zeros elsewhere."""
-    return torch.where(acts[:, None, None, None], t, 0) if isinstance(acts, Tensor) else t
-
-
-OWN = ("tap", "_passes", "_delta", "_direction", "_calls", "_warned", "_traces")
-"""What a copy of a SAGDenoiser does not take over: its hooks, and what it keeps from call to call."""
+FIXED = ("directions", "attention", "check_attention")
+OWN = ("_hooks", "_passes", "_runs", "_traces", "_origin")
+"""What a copy of a wrapper does not take over: its hooks, and what it keeps from call to call."""
 
 
 def of_inner_model(name: str) -> Any:
-    return property(lambda self: getattr(self.inner_model, name), doc=f"`inner_model.{name}`, where it has one.")
+    return property(lambda self: getattr(self.inner_model, name), doc=f"`inner_model.{name}`, if it has one.")
 
 
-class SAGDenoiser(nn.Module):
-    """Wraps a k-diffusion denoiser with Self-Attention Guidance and classifier-free guidance.
+class GuidedDenoiser(nn.Module):
+    """Wraps a k-diffusion denoiser with classifier-free guidance and any number of further directions.
 
     The result samples like any k-diffusion denoiser:
 
-        guided = ksag.SAGDenoiser(denoiser, sag_scale=0.5, blur_sigma=2.0)
+        guided = ksag.GuidedDenoiser(denoiser, [ksag.SAG(0.7), ksag.PAG(1.0)])
         K.sampling.sample_euler(guided, x, sigmas, extra_args={"cond": c, "uncond": uc, "cond_scale": 7.5})
 
-    Forward hooks on one self-attention layer see what the model attends to; nothing in `inner_model` is replaced or
-    altered, and `close()`, leaving a `with` block, or dropping the wrapper removes them. Compile `inner_model` after
-    wrapping it, not before. The parameters are attributes that may be assigned later, but for `attention` and `check_attention`.
-
-    At the first guided call, and when the layer is seen to attend in another way, what the hooks read is checked against what
-    the layer computed.
-
-    Hong et al., "Improving Sample Quality of Diffusion Models Using Self-Attention Guidance", ICCV 2023, arXiv:2210.00939.
+    Forward hooks read and change the self-attention of some layers, and check what they read against what the layer computed.
+    Nothing in `inner_model` is replaced, and `close()`, leaving a `with` block, or dropping the wrapper removes the hooks. Compile
+    `inner_model` after wrapping it, not before. All settings but the layers may be assigned later, as `guided.directions[0].scale`.
 
     Args:
         inner_model: maps (x, sigma, **conditioning) to the denoised latent, as k-diffusion's denoisers do.
-        sag_scale: strength s; 0 is plain classifier-free guidance. The paper's `guide_scale` is 1 + s. A tensor (b,), on the
-            latent's device, is a strength for each sample.
-        blur_sigma: standard deviation of the Gaussian blur, in latent pixels; 0 is no blur.
-        blur_kernel_size: odd number of latent pixels that the blur spans. A latent with a side of at most half of it
-            cannot be reflected at its border, and is not guided.
-        mask_threshold: tokens that receive more than this many times the average attention are blurred.
-        attention: the layer to look at: "middle", a dotted path in `inner_model` or in the UNet it holds, or the module.
-            `ksag.list_attention(inner_model)` lists them.
-        sigma_range: (lowest, highest) sigma, in the units of the sampler's sigmas, at which SAG acts on a sample; elsewhere its
-            result is plain classifier-free guidance. Reads sigma from the device once a call if set.
-        one_pass: blur away at each call what the model attended to at the call before, so that one pass of the model serves all:
-            SAG for little more than the price of plain guidance. A run's first call is not guided.
-        every: compute SAG's direction at one of so many calls of a run, and keep it in between, as a difference of noise
-            predictions. Reads sigma from the device once a call if more than 1.
-        cfg_rule: what becomes of the predictions for uncond and cond: a function of (u, g, cond_scale, x, sigma), such as those
-            in `ksag.cfg`. SAG's direction is added to what it returns.
+        directions: one `ksag.SAG`, `ksag.PAG`, `ksag.SEG` or other `ksag.Direction`, or several. All predictions that they need in
+            advance share one batch with those of classifier-free guidance.
+        cfg_rule: the rule for classifier-free guidance: a function of (u, g, cond_scale, x, sigma), such as those in `ksag.cfg`.
+            The directions are added to its result.
         cond_key: the keyword under which `inner_model` takes its conditioning; None if cond is a dict of keywords.
-        batch_cond: evaluate uncond and cond in one batch where their shapes allow it; False takes two passes and half
-            the activation memory.
-        shared_kwargs: keywords whose tensors all samples share. In a batch of uncond and cond, any other keyword's tensor with
-            as many rows as there are samples is doubled.
+        batch_cond: evaluate all predictions in one batch if their shapes allow it; False takes one pass for each, which needs the
+            activation memory of one.
+        shared_kwargs: keywords whose tensors all samples share. In a batch of several predictions, any other keyword's tensor
+            with as many rows as there are samples is repeated.
         check_attention: whether to check what is read.
 
     Raises:
-        TypeError: `inner_model` is no nn.Module.
-        ValueError: a parameter out of its range, or no such self-attention layer.
+        TypeError: `inner_model` is no nn.Module, or does classifier-free guidance itself.
+        ValueError: a setting out of its range, or no such self-attention layer.
         RuntimeError: `inner_model` was compiled before it was wrapped.
     """
 
     def __init__(
-        self,
-        inner_model: nn.Module,
-        sag_scale: float | Tensor = 0.5,
-        blur_sigma: float = 2.0,
-        *,
-        blur_kernel_size: int = 9,
-        mask_threshold: float = 1.0,
-        attention: str | nn.Module = "middle",
-        sigma_range: tuple[float, float] = (0.0, math.inf),
-        one_pass: bool = False,
-        every: int = 1,
-        cfg_rule: Rule = plain,
-        cond_key: str | None = "cond",
-        batch_cond: bool = True,
-        shared_kwargs: Sequence[str] = (),
-        check_attention: bool = True,
-    ):
+        self, inner_model: nn.Module, directions: Direction | Sequence[Direction], *, cfg_rule: Rule = plain,
+        cond_key: str | None = "cond", batch_cond: bool = True, shared_kwargs: Sequence[str] = (), check_attention: bool = True,
+    ):  # fmt: skip
         super().__init__()
         self.inner_model = checks.inner_model(inner_model)
-        self.sag_scale = sag_scale
-        self.blur_sigma = blur_sigma
-        self.blur_kernel_size = blur_kernel_size
-        self.mask_threshold = mask_threshold
-        self.sigma_range = sigma_range
-        self.one_pass = one_pass
-        self.every = every
-        self.cfg_rule = cfg_rule
-        self.cond_key = cond_key
-        self.batch_cond = batch_cond
-        self.shared_kwargs = shared_kwargs
-        self._look_at(attention, flag("check_attention")(check_attention))
+        self.directions: tuple[Direction, ...] = checks.directions(directions, Direction)
+        self.cfg_rule, self.cond_key, self.batch_cond, self.shared_kwargs = cfg_rule, cond_key, batch_cond, shared_kwargs
+        self.check_attention = flag("check_attention")(check_attention)
+        self._set_hooks()
 
-    def _look_at(self, attention: str | nn.Module, check: bool) -> None:
-        """Hooks the layer, and begins with nothing kept."""
-        self.tap = AttentionTap(self.inner_model, attention, check)
-        self._passes = Passes(self.tap)
-        self._delta, self._direction, self._calls = Run(), Run(), Calls()
-        self._warned: set[str] = set()
-        self._traces: PerThread[tuple[Trace, ...]] = PerThread(())
-        weakref.finalize(self, self.tap.close)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: all but what belongs to this wrapper alone."""
-        state = {name: value for name, value in vars(self).items() if name not in OWN}
-        return state | {"_modules": dict(state["_modules"]), "_layer": (self.tap.path, self.tap.check, self.tap.closed)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        path, check, closed = state.pop("_layer")
-        super().__setstate__(state)
-        self._look_at(path, check)
-        if closed:
-            self.tap.close()
+    def _set_hooks(self) -> None:
+        """Sets the hooks, and begins with nothing kept."""
+        self._hooks = Hooks(self.inner_model, self.directions, self.check_attention)
+        self._passes = Passes(self._hooks.all)
+        self._runs: PerThread[RunState] | Fixed[RunState] = PerThread(functools.partial(RunState, len(self.directions)))
+        self._traces: PerThread[tuple[Trace, ...]] = PerThread(tuple)
+        weakref.finalize(self, self._hooks.close)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Checks the parameters, here and wherever they are assigned later."""
-        if name in ("attention", "check_attention"):
-            raise AttributeError(f"{name} is chosen when a SAGDenoiser is made: make a new one, and close() this one.")
-        super().__setattr__(name, PARAMETERS[name].check(value) if name in PARAMETERS else value)
-        if name in ("one_pass", "every") and hasattr(self, "_calls"):
-            self._end_run()  # what the other form kept is none of this one's
+        """Checks the settings, also those that are assigned later."""
+        if name in FIXED and "_hooks" in self.__dict__:
+            raise AttributeError(f"{name} is chosen when a {type(self).__name__} is made: make a new one, and close() this one.")
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)  # nn.Module would register an nn.Parameter
+        else:
+            super().__setattr__(name, CHECKS[name](value) if name in CHECKS else value)
 
     def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        cond: Conditioning = None,
-        uncond: Conditioning = None,
-        cond_scale: float = 1.0,
-        *,
-        sag_scale: float | Tensor | None = None,
-        blur_sigma: float | None = None,
-        mask_threshold: float | None = None,
+        self, x: Tensor, sigma: Tensor, cond: Conditioning = None, uncond: Conditioning = None, cond_scale: float = 1.0,
         **kwargs: Any,
-    ) -> Tensor:
-        """The guided denoised latent, (b, c, h, w).
+    ) -> Tensor:  # fmt: skip
+        """The guided denoised latent, (b, c, *spatial).
 
         Args:
-            x: noisy latent, (b, c, h, w).
+            x: noisy latent, (b, c, *spatial) with one to three spatial dimensions.
             sigma: noise levels, (b,).
             cond, uncond: conditionings, batch first, of the same nesting. Without uncond, the guidance starts from the
                 prediction for cond, or from the model's only one.
             cond_scale: classifier-free guidance scale; 1 is none.
-            sag_scale, blur_sigma, mask_threshold: in place of the constructor's, for this call.
-            **kwargs: passed on to every call of `inner_model`.
+            **kwargs: `sag_scale`, `pag_scale`, `seg_scale`, `blur_sigma` and `mask_threshold` replace the directions' settings for
+                this call. All others are passed on to every call of `inner_model`.
 
         Raises:
-            ValueError, TypeError: input that does not fit together; the message says how.
-            RuntimeError: the layer did not run, or the wrapper was closed.
+            ValueError, TypeError: input that does not fit together; the message says how to fix it.
+            RuntimeError: a layer did not run, or the wrapper was closed.
         """
-        cond_scale = finite("cond_scale", cond_scale)
-        checks.call(x, sigma, cond, uncond, cond_scale, self.cond_key, kwargs)
-        sag_scale = self.sag_scale if sag_scale is None else PARAMETERS["sag_scale"].check(sag_scale)
-        blur_sigma = self.blur_sigma if blur_sigma is None else PARAMETERS["blur_sigma"].check(blur_sigma)
-        mask_threshold = self.mask_threshold if mask_threshold is None else PARAMETERS["mask_threshold"].check(mask_threshold)
-        blur: dict[str, Any] = {
-            "blur_sigma": blur_sigma,
-            "blur_kernel_size": self.blur_kernel_size,
-            "mask_threshold": mask_threshold,
-        }
-        strength = checks.for_each_sample("sag_scale", sag_scale, x)
-        base = cond if uncond is None else uncond
-        parts = [(x, base)] if uncond is None else [(x, uncond), (x, cond)]
-        acts = self._acts(x, sigma, sag_scale)
-        looks, asks = self._plan(x, sigma, acts)
+        run = self._runs.get()
+        with ended_by_errors(run.clear), keywords.explained(cond, self.cond_key):
+            cond_scale = finite("cond_scale", cond_scale)
+            checks.call(x, sigma, cond, uncond, cond_scale, self.cond_key, kwargs)
+            checks.rule(self.cfg_rule, self.inner_model)
+            base = cond if uncond is None else uncond
+            plans, kwargs = self._begin(run, x, sigma, cond, base, kwargs)
 
-        with ended_by_errors(self.reset), keywords.explained(self.inner_model, cond, self.cond_key):
-            # 1. The predictions, and what the model attends to on the unconditional half
-            if asks and self.one_pass:
-                delta = self._delta.last(sigma, x)
-                parts.append((x - delta, base))
-            predictions, saliency = self._ask(parts, sigma, kwargs, record=looks)
-            u, g = predictions[0], predictions[0 if uncond is None else 1]
+            # 1. The predictions u and g, and those that the directions ask for in advance, in one batch
+            parts = [Part(x, base)] if uncond is None else [Part(x, base), Part(x, cond)]
+            asked = [plan.ask() for plan in plans]
+            reads = [tap for plan in plans for tap in plan.reads]
+            predictions, saliency = self._ask([*parts, *chain(*asked)], sigma, kwargs, reads)
+            u, g, answers = predictions[0], predictions[len(parts) - 1], predictions[len(parts) :]
 
             # 2. Classifier-free guidance
-            cfg = u if uncond is None else checks.guided(self.cfg_rule(u, g, cond_scale, x, sigma), x)
-            if uncond is None or self.cfg_rule is not plain:
-                cfg = cfg.clone()  # it may be u or g, which the next pass may overwrite
-            if acts is False:
-                return cfg
+            rule = run.rule(self.cfg_rule)
+            guided = u if uncond is None else checks.guided(rule(u, g, cond_scale, x, sigma), x)
+            if uncond is None or rule is not plain:
+                guided = guided.clone()  # it may be u or g, which the next pass may overwrite
 
-            # 3. to 6. Where the model looks, that taken away, and what the model makes of it under the same noise
-            if asks:
-                seen = self._copies(sigma, saliency, u)
-                if self.one_pass:
-                    d, r = u - delta.to(u.dtype), predictions[-1]
-                else:
-                    _, d, r = self_attention_guidance(u, x, saliency, lambda x: self._ask([(x, base)], sigma, kwargs)[0][0], **blur)
-                self._keep_step(seen, d, r, mask_threshold)
-                direction = only(acts, d - r)
-            else:
-                direction = only(acts, self._direction.last(sigma, u, with_sigma=True))
+            # 3. Each direction, from these predictions; some ask the model once more
+            directions = []
+            for plan, asks in zip(plans, asked, strict=True):
+                directions.append(plan.compute(u, g, saliency, answers[: len(asks)]))
+                answers = answers[len(asks) :]
+                self._trace(plan, directions[-1])
 
-            # In one pass, what is taken away now: it weighs the direction, and the next call takes it over
-            if looks and self.one_pass:
-                now = u - take_away(u, saliency, **blur)[1]
-                if asks:
-                    direction = direction * overlap(delta, now).to(direction.dtype)
-                self._delta.keep(sigma, only(acts, now).to(x.dtype))
-            if self.every > 1:
-                self._direction.keep(sigma, direction)
+            # 4. Their weighted sum
+            for plan, direction in zip(plans, directions, strict=True):
+                guided = guided + (direction * plan.strength).to(guided.dtype)
+            return guided
 
-            # 7. Away from it
-            return cfg + (direction * strength).to(cfg.dtype)
+    def _begin(
+        self, run: RunState, x: Tensor, sigma: Tensor, cond: Conditioning, base: Conditioning, given: dict[str, Any]
+    ) -> tuple[list[Plan], dict[str, Any]]:
+        """What each acting direction does in this call, and the keywords that are the model's."""
+        if run.begins(sigma):
+            self._hooks.begin_run()
+        words = {word for direction in self.directions for word in direction.keywords}
+        kwargs = {name: value for name, value in given.items() if name not in words}
+        given = {name: value for name, value in given.items() if name in words and value is not None}
+        call = functools.partial(Call, x, sigma, cond, base, lambda x: self._ask([Part(x, base)], sigma, kwargs)[0][0])
+        plans = []
+        for direction, track, taps in zip(self.directions, run.tracks, self._hooks.of, strict=True):
+            if (plan := make_plan(direction, track, taps, call, given)) is not None:
+                plans.append(plan)
+        if plans and self._hooks.closed:
+            raise RuntimeError(f"This {type(self).__name__} was closed, so its hooks are gone. Make a new one.")
+        return plans, kwargs
 
-    def _plan(self, x: Tensor, sigma: Tensor, acts: bool | Tensor) -> tuple[bool, bool]:
-        """Whether this call sees what the model attends to, and whether it asks for the direction, or goes on with the last one."""
-        if acts is False:
-            self._end_run()
-            return False, False
-        n = self._calls.number(sigma, x) if self.every > 1 else 0
-        asks = (n - self.one_pass) % self.every == 0  # in one pass, the call after one that looks
-        return n % self.every == 0 or asks, asks
-
-    def _ask(self, parts: list, sigma: Tensor, kwargs: dict[str, Any], record: bool = False) -> tuple[list[Tensor], Any]:
-        """The prediction for each part, and the saliency of the first if it was recorded."""
+    def _ask(
+        self, parts: list[Part], sigma: Tensor, kwargs: dict[str, Any], reads: Sequence[AttentionTap] = ()
+    ) -> tuple[list[Tensor], Found]:
+        """The predictions for the parts, and the saliency that the taps find in the first."""
         return self._passes(
             self.inner_model, parts, sigma, kwargs,
-            cond_key=self.cond_key, batched=self.batch_cond, shared=self.shared_kwargs, record=record,
+            cond_key=self.cond_key, batched=self.batch_cond, shared=self.shared_kwargs, reads=list(dict.fromkeys(reads)),
         )  # fmt: skip
 
-    def _acts(self, x: Tensor, sigma: Tensor, sag_scale: float | Tensor) -> bool | Tensor:
-        """Whether SAG acts, or on which samples, (b,)."""
-        if not isinstance(sag_scale, Tensor) and sag_scale == 0:
-            return False
-        if self.tap.closed:
-            raise RuntimeError("This SAGDenoiser was closed, so it no longer sees what the model attends to. Make a new one.")
-        if min(x.shape[2:]) <= self.blur_kernel_size // 2:  # the blur reflects at every border
-            self._warn_once(
-                f"A latent of {x.shape[2]} × {x.shape[3]} is left without SAG: blur_kernel_size={self.blur_kernel_size} "
-                f"reflects at every border. Give a blur_kernel_size of at most {2 * min(x.shape[2:]) - 1}."
-            )
-            return False
-        if self.tap.layer.training:
-            self._warn_once("inner_model is in train mode, so that its dropout, if it has any, is active: call inner_model.eval().")
-        low, high = self.sigma_range
-        if (low, high) == (0.0, math.inf):
-            return True
-        inside = (low <= sigma) & (sigma <= high)
-        return inside if bool(inside.any()) else False
+    # Runs
 
-    # what k-diffusion's users ask of a denoiser
-    sigmas = of_inner_model("sigmas")
-    get_sigmas = of_inner_model("get_sigmas")
-    sigma_min = of_inner_model("sigma_min")
-    sigma_max = of_inner_model("sigma_max")
-    sigma_data = of_inner_model("sigma_data")
-    sigma_to_t = of_inner_model("sigma_to_t")
-    t_to_sigma = of_inner_model("t_to_sigma")
+    def run(self) -> "GuidedDenoiser":
+        """A denoiser for one sampling run: the same model, hooks and settings, but its own memory of earlier calls.
+
+            K.sampling.sample_euler(guided.run(), x, sigmas, extra_args=extra_args)
+
+        Runs may be interleaved, and a run may move between threads, one call at a time. A wrapper that is called directly has one
+        run at a time for each thread: it ends where sigma rises to more than 1.5 times its last value, at another shape, dtype or
+        device, and after an error. It cannot tell that a run was given up between two calls.
+        """
+        run = object.__new__(type(self))
+        run.__dict__.update(
+            self.__dict__, _runs=Fixed(RunState(len(self.directions))), _origin=self
+        )  # the end of it ends the hooks
+        return run
 
     def reset(self) -> None:
-        """Begins a run at this thread's next call, for `one_pass`, `every`, and a `cfg_rule` that keeps something between calls.
-
-        A run begins by itself where sigma rises to more than 1.5 times its last value, at another shape, dtype or device, and after
-        an error inside a call. One that was given up between two calls cannot be seen from inside.
-        """
-        self._end_run()
-        if hasattr(self.cfg_rule, "reset"):
-            self.cfg_rule.reset()
-
-    def _end_run(self) -> None:
-        for kept in self._delta, self._direction, self._calls:
-            kept.reset()
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned and not torch.compiler.is_dynamo_compiling():
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=6)  # at the call of this wrapper
+        """Begins a run at the next call: of this thread, or of this `run()`."""
+        self._runs.get().clear()
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[Trace]:
-        """Keeps what every guided call of this thread computes inside the block.
+        """Keeps what every direction computes in this thread inside the block, also in a `run()` of this wrapper.
 
             with guided.trace() as steps:
                 K.sampling.sample_euler(guided, x, sigmas)
-            steps[0].mask
+            steps[0].direction, steps[0].mask
 
-        A call that is not guided (`sag_scale` 0, outside `sigma_range`), or that goes on with a kept direction (`every`), leaves no
-        step. In one pass, a step's saliency and mask are this call's, and what is degraded is what the call before looked at.
+        A direction leaves a step at each call in which it is computed: none at scale 0, outside its `sigma_range`, or where `every`
+        reuses it.
         """
         before, steps = self._traces.get(), Trace()
         self._traces.set((*before, steps))
@@ -313,71 +214,123 @@ class SAGDenoiser(nn.Module):
         finally:
             self._traces.set(before)
 
-    def _copies(self, *values: Tensor) -> list[Tensor]:
-        return [value.detach().to("cpu", copy=True) for value in values] if self._traces.get() else []
-
-    def _keep_step(self, seen: list[Tensor], d: Tensor, r: Tensor, mask_threshold: float) -> None:
-        if traces := self._traces.get():
-            sigma, saliency, u = seen
-            mask = attention_mask(saliency, mask_threshold, (u.shape[2], u.shape[3])).float()
+    def _trace(self, plan: Plan, direction: Tensor) -> None:
+        if plan.computes and (traces := self._traces.get()):
             for steps in traces:
-                steps.append(TraceStep(sigma, saliency, mask, u, *self._copies(d, r)))
+                steps.append(plan.step(direction))
 
-    def use_cuda_graphs(self, limit: int = 8) -> "SAGDenoiser":
-        """From now on, replays the model's passes as CUDA graphs: the step is no longer bound by the host's kernel launches.
+    # CUDA graphs, and the end
 
-            guided = ksag.SAGDenoiser(denoiser).use_cuda_graphs()
-            K.sampling.sample_euler(guided, x, sigmas, extra_args=extra_args)
+    def use_cuda_graphs(self, limit: int = 8) -> "GuidedDenoiser":
+        """From now on, replays the model's passes as CUDA graphs, so that kernel launches no longer limit a step. Returns self.
 
-        The first call with new shapes, dtypes or keywords captures its passes, in about a second (a compiled model compiles
-        first); every later one replays them, under any sampler, `sigma_range` and `trace()`. cond_scale, sag_scale,
-        blur_sigma and mask_threshold may change freely. Conditionings are copied in only when they change. Weights may
-        change in place; after any other change to the model (a LoRA, another attention processor), call this again. A call with
-        gradients enabled, or on the CPU, runs as without. Each thread captures for itself. `close()` frees the graphs and their
-        memory.
+        The first call with new shapes, dtypes or keywords captures its passes, in about a second; later calls replay them, under any
+        sampler. Scales may change freely, conditionings are copied in when they change, and weights may change in place; after
+        any other change to the model (a LoRA, another attention processor), call this again. A call with gradients enabled, or
+        on the CPU, runs without graphs. Each thread captures for itself. `close()` frees the graphs and their memory.
 
         Args:
-            limit: graphs kept for each thread. A guided step takes two, or one in one pass; one or two more where `sigma_range`,
-                `every` or `sag_scale` 0 leave SAG out; the least recently used beyond that are dropped, with a warning.
-
-        Returns:
-            This wrapper.
+            limit: graphs kept for each thread. Exact SAG takes two in a step, everything else shares one; one or two more if a
+                `sigma_range`, `every` or a scale of 0 leaves a direction out of some steps. The least recently used beyond that
+                are dropped, with a warning.
 
         Raises:
             ValueError: a limit below 2.
-            RuntimeError: from a call, where the model cannot be captured; the message says why.
+            RuntimeError: from a call, if the model cannot be captured; the message says why.
             TypeError: from a call with a keyword whose changes a graph would not see: no tensor, number or string.
         """
         if limit < 2:
-            raise ValueError(f"limit must be 2 or more, since a guided step replays two graphs, got {limit}.")
+            raise ValueError(f"limit must be 2 or more, since a guided step may replay two graphs, got {limit}.")
         if next((p.device.type for p in self.inner_model.parameters()), "cpu") != "cuda":
-            warnings.warn("use_cuda_graphs: inner_model is not on a CUDA device, so it runs as without.", stacklevel=2)
+            warnings.warn("use_cuda_graphs: inner_model is not on a CUDA device, so it runs without graphs.", stacklevel=2)
         self._passes.graphs = CUDAGraphs(self.inner_model, limit)
         return self
 
     def close(self) -> None:
-        """Removes every hook from `inner_model`. What is left still does plain guidance at `sag_scale` 0."""
-        self.tap.close()
+        """Removes every hook from `inner_model`. With every scale at 0, the wrapper still does plain classifier-free guidance."""
+        self._hooks.close()
         self._passes.graphs = None
 
-    def __enter__(self) -> "SAGDenoiser":
+    def __enter__(self) -> "GuidedDenoiser":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _settings(self) -> dict[str, Any]:
-        settings = {name: getattr(self, name) for name in PARAMETERS}
-        return {"attention": self.tap.path, **settings, "cfg_rule": name_of(self.cfg_rule)}
+    # what k-diffusion's users ask of a denoiser
+    sigmas, get_sigmas, sigma_min, sigma_max = map(of_inner_model, ("sigmas", "get_sigmas", "sigma_min", "sigma_max"))
+    sigma_data, sigma_to_t, t_to_sigma = map(of_inner_model, ("sigma_data", "sigma_to_t", "t_to_sigma"))
 
-    def _state(self) -> str:
-        return "closed" if self.tap.closed else "checked" if self.tap.checked else "not checked yet"
+    # Copies, and how it shows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: all but the hooks and what is kept from call to call."""
+        state = {name: value for name, value in vars(self).items() if name not in OWN}
+        directions = tuple(copy.copy(direction) for direction in self.directions)
+        return state | {"directions": directions, "_modules": dict(state["_modules"]), "_closed": self._hooks.closed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        closed = state.pop("_closed")
+        super().__setstate__(state)
+        self._set_hooks()
+        if closed:
+            self._hooks.close()
+
+    def _settings(self) -> dict[str, Any]:
+        return {"directions": list(self.directions), **{name: getattr(self, name) for name in CHECKS}}
 
     def __repr__(self) -> str:
-        parameters = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
-        return f"SAGDenoiser({type(self.inner_model).__name__}, {parameters}; attention {self._state()})"
+        settings = ", ".join(f"{name}={shown(value)}" for name, value in self._settings().items())
+        return f"{type(self).__name__}({type(self.inner_model).__name__}, {settings}; attention {self._hooks.status})"
 
     def _repr_html_(self) -> str:
-        cells = {"inner_model": type(self.inner_model).__name__, **self._settings()}
-        rows = ([name, value if isinstance(value, str) else repr(value)] for name, value in cells.items())
-        return table.as_html([["SAGDenoiser", f"attention {self._state()}"], *rows])
+        rows = [["inner_model", type(self.inner_model).__name__]]
+        rows += [[name, value if isinstance(value, str) else shown(value)] for name, value in self._settings().items()]
+        return table.as_html([[type(self).__name__, f"attention {self._hooks.status}"], *rows])
+
+
+def of_sag(name: str) -> Any:
+    return property(lambda self: getattr(self.directions[0], name), lambda self, value: setattr(self.directions[0], name, value))
+
+
+class SAGDenoiser(GuidedDenoiser):
+    """Wraps a k-diffusion denoiser with classifier-free guidance and Self-Attention Guidance: a `GuidedDenoiser` with one `SAG`.
+
+        guided = ksag.SAGDenoiser(denoiser, sag_scale=0.5, blur_sigma=2.0)
+        K.sampling.sample_euler(guided, x, sigmas, extra_args={"cond": c, "uncond": uc, "cond_scale": 7.5})
+
+    The settings of SAG are attributes of the wrapper, and may be assigned later, except `attention`.
+
+    Hong et al., "Improving Sample Quality of Diffusion Models Using Self-Attention Guidance", ICCV 2023, arXiv:2210.00939.
+
+    Args:
+        inner_model, cfg_rule, cond_key, batch_cond, shared_kwargs, check_attention: see `GuidedDenoiser`.
+        sag_scale: the `scale` of `SAG`.
+        blur_sigma, blur_kernel_size, mask_threshold, attention, sigma_range, one_pass, every: see `SAG`.
+    """
+
+    def __init__(
+        self, inner_model: nn.Module, sag_scale: float | Tensor = 0.5, blur_sigma: float = 2.0, *, blur_kernel_size: int = 9,
+        mask_threshold: float = 1.0, attention: str | nn.Module = "middle", sigma_range: tuple[float, float] = (0.0, math.inf),
+        one_pass: bool = False, every: int = 1, cfg_rule: Rule = plain, cond_key: str | None = "cond", batch_cond: bool = True,
+        shared_kwargs: Sequence[str] = (), check_attention: bool = True,
+    ):  # fmt: skip
+        sag = SAG(
+            sag_scale, blur_sigma, blur_kernel_size=blur_kernel_size, mask_threshold=mask_threshold, attention=attention,
+            sigma_range=sigma_range, one_pass=one_pass, every=every,
+        )  # fmt: skip
+        super().__init__(
+            inner_model, sag, cfg_rule=cfg_rule, cond_key=cond_key, batch_cond=batch_cond, shared_kwargs=shared_kwargs,
+            check_attention=check_attention,
+        )  # fmt: skip
+
+    sag_scale, blur_sigma, blur_kernel_size = map(of_sag, ("scale", "blur_sigma", "blur_kernel_size"))
+    mask_threshold, sigma_range, one_pass, every = map(of_sag, ("mask_threshold", "sigma_range", "one_pass", "every"))
+
+    @property
+    def tap(self) -> AttentionTap:
+        """The hooks on the layer."""
+        return self._hooks.attention[0]
+
+    def _settings(self) -> dict[str, Any]:
+        return {"attention": self.tap.path, **{name: getattr(self, name) for name in PARAMETERS}}

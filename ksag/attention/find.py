@@ -122,7 +122,7 @@ def _is_unsupported(module: nn.Module) -> bool:
 
 def _seen(layer: nn.Module) -> tuple[tuple[int, int] | None, bool]:
     taps = WATCHERS.get(layer, ())
-    return next((tap.grid for tap in taps if tap.grid), None), any(tap.checked for tap in taps)
+    return next((tap.grid for tap in taps if tap.grid), None), any(tap.checker.status == "checked" for tap in taps)
 
 
 def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[str, nn.Module, Family | None]:

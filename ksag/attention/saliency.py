@@ -1,4 +1,4 @@
-"""Queries and keys → how much attention each token receives, without ever holding the whole attention matrix."""
+"""Queries and keys → how much attention each token receives, without holding the whole attention matrix."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,34 +7,34 @@ import torch
 from torch import Tensor
 
 MAX_LOGITS = 6 * 2**20
-"""Attention logits computed at once, in float32: 24 MiB, because a CPU's allocator maps 32 MiB or more anew each time, at a high
-price. They and their softmax hold 48 MiB, and on a GPU the sum may take as much as the softmax for itself: 72 MiB at the most.
+"""Attention logits computed at once, in float32: 24 MiB, because a CPU's allocator maps 32 MiB or more again each time, which is
+slow. They and their softmax hold 48 MiB; on a GPU the sum may take as much as the softmax, 72 MiB together.
 
 A chunk has at least one query of each sample and head; in a large batch of large pictures even these are more.
 """
 
 
-def attention(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> list[Callable[[], Tensor]]:
+def softmax_chunks(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> list[Callable[[], Tensor]]:
     """softmax(q kᵀ · scale) in float32, autocast or not, in chunks of queries.
 
     Args:
-        q: queries, (b, heads, tokens, dim).
+        q: queries, (b, heads, queries, dim).
         k: keys, (b, heads, keys, dim).
-        scale: what the layer multiplies q kᵀ by, as a rule dim ** -0.5.
-        mask: as `F.scaled_dot_product_attention` takes it: of a shape that broadcasts to (b, heads, tokens, keys), True where a
+        scale: the factor of q kᵀ, usually dim ** -0.5.
+        mask: as `F.scaled_dot_product_attention` takes it: of a shape that broadcasts to (b, heads, queries, keys), True where a
             query attends to a key, or a number that is added to the logit.
 
     Returns:
         For each chunk, in order, a function that computes it: (b, heads, chunk, keys).
     """
-    b, heads, tokens, _ = q.shape
+    b, heads, queries, _ = q.shape
     keys = k.shape[2]
     size = max(1, MAX_LOGITS // (b * heads * keys))
     # flat, for bmm: matmul would copy those of a batch again for each chunk
     q, k = (x.to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1) for x in (q, k))
     q, k = q * scale, k.mT
     rows = q.split(size, dim=1)
-    masks = [None] * len(rows) if mask is None else mask.expand(b, heads, tokens, keys).split(size, dim=2)
+    masks = [None] * len(rows) if mask is None else mask.expand(b, heads, queries, keys).split(size, dim=2)
     return [partial(_softmax, q, k, mask, (b, heads)) for q, mask in zip(rows, masks, strict=True)]
 
 
@@ -47,29 +47,29 @@ def _softmax(q: Tensor, k: Tensor, mask: Tensor | None, shape: tuple[int, int]) 
         return logits.softmax(dim=-1).nan_to_num(0.0)  # of a query that attends to nothing
 
 
-def saliency(q: Tensor, k: Tensor, scale: float, memory: int = 0, mask: Tensor | None = None) -> Tensor:
+def saliency(q: Tensor, k: Tensor, scale: float, image: slice | None = None, mask: Tensor | None = None) -> Tensor:
     """How much attention each key token receives: the mean over heads and the sum over queries of softmax(q kᵀ · scale).
 
-    Its mean over tokens is 1, so that a token above 1 is looked at more than the average one (Hong et al. 2023,
-    arXiv:2210.00939, section 4.3).
+    Its mean over tokens is 1: a token above 1 gets more attention than the average (Hong et al. 2023, arXiv:2210.00939, section
+    4.3).
 
     Args:
-        q: queries, (b, heads, tokens, dim).
-        k: keys, (b, heads, memory + tokens, dim).
-        scale: what the layer multiplies q kᵀ by, as a rule dim ** -0.5.
-        memory: how many keys, the first ones, are no tokens of the image: they take part in the softmax, and what the
-            tokens receive of it is scaled to a mean of 1 again.
+        q: queries, (b, heads, queries, dim).
+        k: keys, (b, heads, keys, dim).
+        scale: the factor of q kᵀ, usually dim ** -0.5.
+        image: the keys that are tokens of the image, if not all are: the others take part in the softmax, and what the image's
+            receive is rescaled to mean 1.
         mask: as `F.scaled_dot_product_attention` takes it, or None.
 
     Returns:
         (b, tokens), float32.
     """
     heads, queries = q.shape[1:3]
-    first, *others = attention(q, k, scale, mask)
+    first, *others = softmax_chunks(q, k, scale, mask)
     received = first().sum(dim=(1, 2))
     for chunk in others:
         received = received + chunk().sum(dim=(1, 2))
-    if memory:
-        received = received[:, memory:]
+    if image is not None:
+        received = received[:, image]
         return received / received.mean(dim=1, keepdim=True)
     return received * (k.shape[2] / (queries * heads))

@@ -1,4 +1,4 @@
-"""Forward hooks that catch what one layer attends with, as it runs.
+"""Forward hooks on one self-attention layer: they read what it attends with, and change what some rows of the batch attend to.
 
 tap = AttentionTap(inner_model, "middle")
 with tap.recording(rows=x.shape[0]) as seen:
@@ -9,46 +9,35 @@ seen.saliency()                                                # (b, h', w')
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ksag.attention import check as selfcheck
+from ksag.attention.checker import Checker, only_call, resolve
+from ksag.attention.edit import attended, merged, with_grid
 from ksag.attention.families import Attention, sdpa
+from ksag.attention.families.family import Grid
 from ksag.attention.find import WATCHERS, find_attention, hint
-from ksag.attention.recording import Recording
-from ksag.attention.saliency import saliency
+from ksag.attention.hooks import copied, described_arguments, remove_copied_hooks, sources
+from ksag.attention.visit import Edit, Formula, Visit
 from ksag.model import compiled
 from ksag.model.threads import PerThread
 
 
-def _resolve(module: Any, path: str) -> Any:
-    """The attribute at a dotted path, or None."""
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
-def _described(args: tuple, kwargs: dict) -> tuple:
-    """Which arguments a layer is given, and which options in a mapping among them."""
-    given = (*enumerate(args), *sorted(kwargs.items()))
-    return tuple((name, tuple(map(str, value)) if isinstance(value, Mapping) else "") for name, value in given if value is not None)
-
-
 class AttentionTap:
-    """Forward hooks on one self-attention layer, idle outside `with tap.recording(...)`.
+    """Forward hooks on one self-attention layer, idle outside a visit.
 
-    While recording, the queries and keys of the first rows of the batch become a saliency map as soon as the layer has attended,
-    so that neither outlives it. Each thread records for itself. The hooks replace nothing: the layer runs as it always does.
+    The layer runs as it always does, with its own kernel. As soon as it has attended, the queries and keys of the rows that are
+    read become a saliency map, so that neither is kept; for rows that are changed, a formula's result replaces the input of the
+    output projection. Each thread has its own visit.
 
-    At the first recording, and when the layer's code path is seen to change, what was read is checked against what the layer
-    handed to its output projection. Where a family's reading does not stand, that of its scaled_dot_product_attention may.
+    What was read is checked against what the layer applied (`ksag.attention.checker`). If a family's reading does not explain
+    it, the layer's call of scaled_dot_product_attention may.
 
-    A layer of a known family can be compiled, whole, after it was tapped; its first recording runs eagerly, where PyTorch can do
-    so (2.6 or later). Of any other, a TorchFunctionMode sees the call of scaled_dot_product_attention while the layer runs; inside
-    a compiled graph there is no such call to see.
+    A layer of a known family can be compiled, whole, after it was tapped; its first visit runs eagerly if PyTorch can do so
+    (2.6 or later). A layer of any other family is read by a TorchFunctionMode while it runs, which a compiled graph does not call.
 
     Args:
         inner_model: the model that holds the layer.
@@ -61,52 +50,35 @@ class AttentionTap:
     """
 
     is_copy = False
-    """Whether it came along with the copy of a model that it is hooked to: it sees nothing then."""
+    """Whether it came along with a copy of the model that it is hooked to. Such a tap does nothing."""
 
     def __init__(self, inner_model: nn.Module, attention: str | nn.Module = "middle", check: bool = True):
         self.path, self.layer, self.family = find_attention(inner_model, attention)
         self.root, self.check = inner_model, check
-        self.grid: tuple[int, int] | None = None
-        self.checked = False
-        self._code_path: tuple[tuple, tuple | None] | None = None
-        self._to_check = check and self.family is not None
-        self._through_sdpa = self.family is None
-        self._changes_in_place = False
+        self.grid: Grid | None = None
+        self.checker = Checker(self.path, self.layer, self.family, check)
         self._hint = hint(inner_model, self.path)
-        self._recording: PerThread[Recording | None] = PerThread(None)
+        self._visit: PerThread[Visit | None] = PerThread(lambda: None)
         names = self.path.split(".") if self.path else []
         self._around = [inner_model.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
         self._within = [*self._around, *self.layer.modules()]
         self._links = list(zip(self._around[:-1], names, self._around[1:], strict=True))
         compiled.refuse(self._within, self.path)
-        _remove_copied_hooks(inner_model)
+        remove_copied_hooks(inner_model)
         self._sources: dict[str, nn.Module] = {}
         self._handles: list[Any] = []
         self._set_hooks()
         WATCHERS.setdefault(self.layer, weakref.WeakSet()).add(self)
 
-    # The hooks
-
-    def _find_sources(self) -> dict[str, nn.Module]:
-        """The layer's submodules that a hook has to see, by name."""
-        if self.family is None:
-            return {}
-        names = (*self.family.outputs, *self.family.inputs, self.family.projection)
-        found = {name: _resolve(self.layer, name) for name in names}
-        return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
-
-    def _submodules(self) -> list[nn.Module | None]:
-        """What changes where a submodule that a hook has to see is replaced; quicker to look up than these."""
-        holders = [self.layer, *(module for module in self.layer._modules.values() if module is not None)]
-        return [module for holder in holders for module in holder._modules.values()]
+    # Its life
 
     def _set_hooks(self) -> None:
-        self._sources, self._hooked = self._find_sources(), self._submodules()
+        self._sources, self._hooked = sources(self.layer, self.family), self._submodules()
         # A layer of no known family may resample inside, so that the nearest spatial input before its call can be a submodule's.
         inside = [] if self.family else [module for module in self.layer.modules() if module is not self.layer]
         for module in (*self._around, *inside):
             self._handles.append(module.register_forward_pre_hook(self._see_input, with_kwargs=True))
-        self._handles.append(self.layer.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(self.layer.register_forward_pre_hook(self._begin_layer, with_kwargs=True))
         for name, module in self._sources.items():
             assert self.family is not None
             if name == self.family.projection:
@@ -115,10 +87,28 @@ class AttentionTap:
                 self._handles.append(module.register_forward_pre_hook(functools.partial(self._see_arguments, name)))
             else:
                 self._handles.append(module.register_forward_hook(functools.partial(self._see_output, name)))
-        self._handles.append(self.layer.register_forward_hook(self._end))
+        self._handles.append(self.layer.register_forward_hook(self._end_layer))
 
-    def __reduce__(self) -> tuple:
-        return _copied, ()
+    def _submodules(self) -> list[nn.Module | None]:
+        """What changes if a submodule that has a hook is replaced; quicker to look up than these."""
+        holders = [self.layer, *(module for module in self.layer._modules.values() if module is not None)]
+        return [module for holder in holders for module in holder._modules.values()]
+
+    def _follow_changes(self) -> None:
+        """Sets the hooks again if the layer's submodules were replaced: by a LoRA, or fused projections."""
+        if self.closed or self._submodules() == self._hooked:
+            return
+        if self.is_compiled(self.root):
+            raise RuntimeError(
+                f"Submodules of {self.path!r} were replaced after it was wrapped (by a LoRA?), and it is compiled, so that new "
+                f"hooks would not run. Wrap the model again, then compile it."
+            )
+        while self._handles:
+            self._handles.pop().remove()
+        self._set_hooks()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copied, ()
 
     @property
     def closed(self) -> bool:
@@ -136,233 +126,183 @@ class AttentionTap:
         replaced = any(parent._modules.get(name) is not child for parent, name, child in self._links)
         return replaced or inner_model is not self.root or any(map(compiled.is_compiled, self._within))
 
-    # The life of a recording
-
     @property
     def to_check(self) -> bool:
-        """Whether the next recording has to run eagerly, so that it can be checked."""
-        if torch.compiler.is_dynamo_compiling():
+        """Whether the next visit has to run eagerly, so that it can be checked in full."""
+        if torch.compiler.is_dynamo_compiling() or not self.checker.wanted:
             return False
-        changed = self._code_path is not None and self._code_path[0] != self._parts()
-        return self._to_check or (changed and self.check and self.family is not None)
+        code_path = self.checker.code_path
+        return self.checker.in_full or (code_path is not None and code_path[0] != self._parts())
 
-    @contextlib.contextmanager
-    def recording(self, rows: int) -> Iterator[Recording]:
-        """Records the first `rows` samples that go through the layer, until the block is left, however it is left."""
+    # A visit
+
+    def begin(self, visit: Visit) -> None:
+        """From now on, what goes through the layer in this thread belongs to the visit."""
         if not torch.compiler.is_dynamo_compiling():
             self._follow_changes()
-        recording = Recording(rows, self.path)
+            self.checker.visited()
+        self._visit.set(visit)
+
+    def end(self, visit: Visit) -> None:
+        """The visit is over, whether it went well or not."""
+        visit.stop()
+        self._visit.set(None)
+
+    def visit(self, read: int = 0, edits: Sequence[tuple[int, int, Formula]] = (), dims: int = 2) -> Visit:
+        """What one pass asks of this layer; see `Visit`."""
+        return Visit(self.path, read, [Edit(*edit) for edit in edits], dims)
+
+    @contextlib.contextmanager
+    def _inside(self, visit: Visit) -> Iterator[Visit]:
         try:
-            self._recording.set(recording)
-            yield recording
+            self.begin(visit)
+            yield visit
         finally:
-            recording.stop()
-            self._recording.set(None)
+            self.end(visit)
 
-    def _follow_changes(self) -> None:
-        """Sets the hooks anew where the layer's submodules were replaced since: by a LoRA, or fused projections."""
-        if self.closed or self._submodules() == self._hooked:
+    def recording(self, rows: int, dims: int = 2) -> contextlib.AbstractContextManager[Visit]:
+        """Reads the first `rows` samples that go through the layer inside the block; then `.saliency()` has their maps."""
+        return self._inside(self.visit(rows, dims=dims))
+
+    @contextlib.contextmanager
+    def changing(self, start: int, stop: int, formula: Formula, dims: int = 2) -> Iterator[None]:
+        """Inside the block, `formula` replaces the attention of samples `start` to `stop` among those that go through the layer.
+
+        Raises:
+            RuntimeError: at the end of the block, if fewer went through.
+        """
+        with self._inside(self.visit(edits=[(start, stop, formula)], dims=dims)) as visit:
+            yield
+        visit.finish()
+
+    def _current(self) -> Visit | None:
+        visit = self._visit.get()
+        return visit if visit is not None and visit.missing > 0 else None
+
+    # What the hooks see
+
+    def _see_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The pre-hooks run from the outermost module inwards, so the last spatial input is the nearest one. Of a latent of one
+        # dimension it is the outermost: further inside, (b, c, n) looks like a sequence of tokens.
+        visit = self._current()
+        if visit is None or (visit.watch is not None and visit.watch.calls):
             return
-        if self.is_compiled(self.root):
-            raise RuntimeError(
-                f"Submodules of {self.path!r} were replaced since it was wrapped (by a LoRA?), and it is compiled, so that new "
-                f"hooks would not run. Wrap the model anew, then compile it."
-            )
-        while self._handles:
-            self._handles.pop().remove()
-        self._set_hooks()
-
-    def _current(self) -> Recording | None:
-        recording = self._recording.get()
-        return recording if recording is not None and recording.missing else None
-
-    def _see_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # The pre-hooks run from the outermost module inwards, so the last spatial input is the nearest one.
-        recording = self._current()
-        if recording is None or (recording.watch is not None and recording.watch.calls):
+        if visit.dims == 1 and visit.spatial is not None and module is not self.root:
             return
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.ndim == 4:
-                recording.batch, recording.spatial = value.shape[0], (value.shape[2], value.shape[3])
-                recording.patch = self._patch_of(module)
+            if isinstance(value, Tensor) and value.ndim == visit.dims + 2:
+                size = resolve(module, self.family.patch) if self.family and self.family.patch else None
+                visit.batch, visit.spatial = value.shape[0], tuple(value.shape[2:])
+                visit.patch = () if size is None else (size,) * visit.dims if isinstance(size, int) else tuple(size)
                 break
 
-    def _patch_of(self, module: nn.Module) -> tuple[int, int]:
-        size = _resolve(module, self.family.patch) if self.family and self.family.patch else None
-        if size is None:
-            return (1, 1)
-        return (size, size) if isinstance(size, int) else tuple(size)
+    def _begin_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if visit := self._current():
+            self._start(visit, described_arguments(args, kwargs))
 
-    def _begin(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if recording := self._current():
-            self._start(recording, _described(args, kwargs))
-
-    def _start(self, recording: Recording, arguments: tuple | None) -> None:
-        """The layer begins to attend; without arguments where something around it asks for its parts one by one."""
-        recording.stop()  # a model may have caught an error in the middle of the layer, and run it again
-        recording.started = True
+    def _start(self, visit: Visit, arguments: tuple[Any, ...] | None) -> None:
+        """The layer begins to attend; without arguments if something around it calls its parts one by one."""
+        visit.stop()  # a model may have caught an error in the middle of the layer, and run it again
+        visit.started = True
         if torch.compiler.is_dynamo_compiling():
             return
-        code_path = self._parts(), arguments
-        if code_path != self._code_path:
-            self._code_path, self._to_check = code_path, self.check and self.family is not None
-            self._through_sdpa, self.checked = self.family is None, False
-        recording.checking = self._to_check and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-        if recording.checking or self._through_sdpa:
-            recording.watch = sdpa.WatchSDPA()
-            recording.watch.__enter__()
+        visit.checking = self.checker.begin(self._parts(), arguments)
+        if visit.checking or self.checker.through_sdpa:
+            at_call = functools.partial(self._see_call, visit) if not self._has_projection else None
+            visit.watch = sdpa.WatchSDPA(at_call)
+            visit.watch.__enter__()
 
-    def _seeing(self) -> Recording | None:
-        """The recording that a part of the layer, which just ran, belongs to."""
-        recording = self._current()
-        if recording is not None and not recording.started:
-            self._start(recording, None)
-        return recording
+    @property
+    def _has_projection(self) -> bool:
+        return self.family is not None and self.family.projection in self._sources
 
-    def _parts(self) -> tuple:
+    def _parts(self) -> tuple[Any, ...]:
         """What decides how the layer attends, as far as can be seen from outside."""
         forward = getattr(self.layer.forward, "__func__", self.layer.forward)
         return forward, getattr(self.layer, "processor", None), *self._sources.values()
 
-    def _keep(self, recording: Recording, x: Tensor) -> Tensor:
-        """What a submodule returned, as it is now: a view where the layer is known to leave it so."""
-        x = x.detach()
-        if not (recording.checking or self._changes_in_place):
+    def _of_submodule(self) -> Visit | None:
+        """The visit that a part of the layer, which just ran, belongs to."""
+        visit = self._current()
+        if visit is not None and not visit.started:
+            self._start(visit, None)
+        return visit
+
+    def _keep(self, visit: Visit, x: Tensor) -> Tensor:
+        """What a submodule returned: x itself if the layer is known to leave it so, else a copy of it as it is now."""
+        if not (visit.checking or self.checker.changes_in_place):
             return x
         copy = x.clone()
-        recording.kept.append((copy, x))
+        visit.kept.append((copy.detach(), x.detach()))
         return copy
 
-    def _see_output(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if recording := self._seeing():
-            recording.seen.setdefault(name, []).append(self._keep(recording, output))
+    def _see_output(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if visit := self._of_submodule():
+            visit.seen.setdefault(name, []).append(self._keep(visit, output))
 
-    def _see_arguments(self, name: str, module: nn.Module, args: tuple) -> None:
-        if recording := self._seeing():
-            recording.seen.setdefault(name, []).append([self._keep(recording, x) for x in args])
+    def _see_arguments(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if visit := self._of_submodule():
+            visit.seen.setdefault(name, []).append([self._keep(visit, x) for x in args])
 
-    def _see_projection(self, projection: nn.Module, args: tuple) -> None:
-        """The layer has attended."""
-        recording = self._current()
-        if recording is None:
-            return
-        assert self.family is not None
-        read = self._read_call(recording) if self._through_sdpa else self.family.read(self.layer, recording.seen)
-        if read is not None and recording.checking:
-            read = self._checked(recording, read, args[0].detach())
-        recording.stop()
-        if read is not None:
-            self._add(recording, read)
+    def _see_projection(self, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The layer has attended, and gives the result to its output projection."""
+        visit = self._current()
+        if visit is None:
+            return None
+        family = self.family
+        assert family is not None
+        read = self._read_call(visit) if self.checker.through_sdpa or family.read is None else family.read(self.layer, visit.seen)
+        if read is None:
+            visit.stop()
+            return None
+        read = with_grid(visit, read)
+        if visit.checking:
+            read = self.checker.check(visit, read, self._call_of(visit, read), args[0])
+        visit.stop()
+        self.grid = read.grid
+        changed = args[0].clone() if visit.edits else args[0]  # a clone has the other rows and the strides as they were
 
-    def _end(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        recording = self._current()
-        if recording is not None and self.family is None:
-            read = self._read_call(recording)
-            recording.stop()
-            self._add(recording, read)
+        def change(part: slice, new: Tensor) -> None:
+            changed[part] = merged(new, family.merged, read.grid).to(changed.dtype)
 
-    # What was read → a map
+        attended(visit, read, change)
+        return (changed, *args[1:]) if visit.edits else None
 
-    def _add(self, recording: Recording, read: Attention) -> None:
-        self.grid = grid = self._grid_of(recording, read)
-        q, k, _, scale, _, memory, mask = read.of(recording.missing)
-        received = saliency(q, k, scale, memory, mask)
-        recording.maps.append(received.unflatten(1, grid))
+    def _see_call(self, visit: Visit, call: sdpa.Call, output: Tensor) -> Tensor:
+        """A layer that is read through its call of scaled_dot_product_attention has attended."""
+        read = with_grid(visit, self._read_call(visit))
+        self.grid, self.checker.status = read.grid, "checked"  # it attends with what it passes
+        changed = output.clone() if visit.edits else output
+        by_head = changed.view(read.q.shape[0], -1, *changed.shape[-2:])
 
-    def _grid_of(self, recording: Recording, read: Attention) -> tuple[int, int]:
-        grid, tokens = read.grid or recording.grid, read.k.shape[2] - read.memory
-        if grid is None or read.q.shape[2] != tokens or tokens != grid[0] * grid[1]:
-            raise ValueError(
-                f"{self.path!r} attends from {read.q.shape[2]} to {tokens} tokens, which is not its input's grid of "
-                f"{grid}: it is no self-attention over the image. Name another layer; ksag.list_attention shows them."
-            )
-        return grid
+        def change(part: slice, new: Tensor) -> None:
+            by_head[part, :, read.of_image(by_head.shape[2])] = new.to(changed.dtype)
 
-    def _read_call(self, recording: Recording) -> Attention:
-        calls = recording.watch.calls if recording.watch else []
+        attended(visit, read, change)
+        return changed
+
+    def _end_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        visit = self._visit.get()
+        if visit is not None and visit.started and not self._has_projection:
+            if visit.watch is None or not visit.watch.calls:
+                self._read_call(visit)  # which says what is missing
+            visit.stop()
+
+    def _read_call(self, visit: Visit) -> Attention:
         try:
-            if len(calls) != 1:
-                raise ValueError(f"it calls scaled_dot_product_attention {len(calls)} times while it runs, where once was expected")
-            return sdpa.read(calls[0], recording.batch, recording.spatial)
+            read = only_call(visit)
         except ValueError as error:
             known = "no family that ksag knows" if self.family is None else "another way of attending than its family's"
             raise ValueError(
                 f"{self.path!r} ({type(self.layer).__name__} of {known}): attention cannot be read: "
                 f"{error}. Name the module around just that one call. {self._hint}"
             ) from None
+        return read if self.family is None or self.family.read else read._replace(grid=None, tokens=self.family.tokens)
 
-    # The check
-
-    def _checked(self, recording: Recording, read: Attention, applied: Tensor) -> Attention:
-        """What was read, or what the layer's own call of scaled_dot_product_attention says, whichever gives what was applied."""
-        assert self.family is not None
-        if read.v is None or type(applied) is not Tensor:  # a tensor without data, say
-            self._to_check = False
-            return read
-        error = self._error(recording, read, applied)
-        if error != error:
-            return read  # all is NaN, and the next call may tell
-        if error > 1 and (call := self._own_call(recording, read)) and self._error(recording, call, applied) <= 1:
-            self._to_check, self.checked, self._through_sdpa = False, True, True
-            return call
-        if error <= 1:
-            self._to_check, self.checked = False, True
-            self._changes_in_place = any(not torch.equal(copy, now) for copy, now in recording.kept)
-            return read
-        dropout = _resolve(self.layer, self.family.dropout)
-        if getattr(dropout, "p", 0) > 0 and (dropout.training or self.family.drops_in_eval):
-            self._to_check = False
-            return read  # what was applied is what was read, thinned out at random
-        raise ValueError(
-            f"{self.path!r} ({type(self.layer).__name__}) is read as {self.family.name}, but the attention that it applied is "
-            f"another than its projections give: they differ by {error:.0f} times what rounding explains. Likely "
-            f"cause: {self._likely_cause()}. Name another layer as attention=, or pass check_attention=False if you know better."
-        )
-
-    def _error(self, recording: Recording, read: Attention, applied: Tensor) -> float:
-        assert self.family is not None
-        grid = read.grid or recording.grid or (1, read.q.shape[2])
-        samples = recording.missing
-        return selfcheck.error(read.of(samples), self.family.merged, grid, applied[:samples], self.family.computes_in)
-
-    def _own_call(self, recording: Recording, read: Attention) -> Attention | None:
-        """What the layer's only call of scaled_dot_product_attention attends with, if these are the sample's own tokens.
-
-        A mask, a scale or a rotation leaves the values as they are. Keys of other samples bring their values with them.
-        """
+    def _call_of(self, visit: Visit, read: Attention) -> Attention | None:
+        """The layer's only call of scaled_dot_product_attention, if it made one of the same tokens as `read`."""
         try:
-            call = self._read_call(recording).of(recording.missing)
+            call = only_call(visit)
         except ValueError:
             return None
-        own = read.of(recording.missing)
-        assert call.v is not None and own.v is not None
-        return call if call.v.shape == own.v.shape and torch.allclose(call.v.float(), own.v.float(), rtol=0.01, atol=0.01) else None
-
-    def _likely_cause(self) -> str:
-        assert self._code_path is not None
-        _, arguments = self._code_path
-        if masks := [name for name, _ in arguments or () if "mask" in str(name)]:
-            return f"its argument {' and '.join(masks)}"
-        if (processor := getattr(self.layer, "processor", None)) is not None:
-            return f"its processor, a {type(processor).__name__}, attends in a way of its own"
-        return "a patch, option or replaced forward that changes its queries, keys or values"
-
-
-def _copied() -> AttentionTap:
-    """What the hooks on a copied model belong to, until the next tap on it removes them."""
-    tap = AttentionTap.__new__(AttentionTap)
-    tap.is_copy, tap._recording, tap._handles = True, PerThread(None), []
-    return tap
-
-
-def _remove_copied_hooks(root: nn.Module) -> None:
-    for module in root.modules():
-        for hooks, flags in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs),
-        ):
-            for i, hook in list(hooks.items()):
-                owner = getattr(getattr(hook, "func", hook), "__self__", None)  # of a method, or of a part of one
-                if isinstance(owner, AttentionTap) and owner.is_copy:
-                    del hooks[i]
-                    flags.pop(i, None)
+        return call._replace(grid=read.grid, tokens=read.tokens)

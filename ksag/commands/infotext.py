@@ -11,7 +11,7 @@ from typing import Any
 
 from ksag import __version__
 from ksag.commands.model import Model
-from ksag.guidance.cfg import name_of
+from ksag.guidance.cfg import shown
 
 SAMPLER_NAMES = {
     "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "dpm_2": "DPM2", "dpm_2_ancestral": "DPM2 a", "lms": "LMS",
@@ -27,7 +27,7 @@ def text(value: Any) -> str:
     ('2', '0-inf', '0.1', 'True', 'middle')
     """
     if callable(value):
-        return name_of(value)
+        return shown(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "-".join(map(text, value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -6,28 +6,30 @@ A rule is any function of (u, g, cond_scale, x, sigma) that returns the guided p
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ksag.guidance.runs import Run
-from ksag.model.parameters import finite, number
+from ksag.guidance.runs import Memory, per_sample
+from ksag.model.parameters import finite, flag, number
 
 Rule: TypeAlias = Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
 """(u, g, cond_scale, x, sigma) → the guided prediction, (b, c, h, w)."""
 
-SAMPLE = (1, 2, 3)
-"""The dimensions of one sample."""
+
+def sample_dims(t: Tensor) -> tuple[int, ...]:
+    """The dimensions of one sample of (b, c, *spatial)."""
+    return tuple(range(1, t.ndim))
 
 
-def name_of(rule: Rule) -> str:
+def shown(value: Any) -> str:
     """
-    >>> name_of(plain), name_of(rescale(0.5))
-    ('plain', 'rescale(phi=0.5)')
+    >>> shown(plain), shown(rescale(0.5)), shown("cond")
+    ('plain', 'rescale(phi=0.5)', "'cond'")
     """
-    return getattr(rule, "__name__", None) or repr(rule)
+    return getattr(value, "__name__", None) or repr(value)
 
 
 def plain(u: Tensor, g: Tensor, cond_scale: float, x: Tensor, sigma: Tensor) -> Tensor:
@@ -35,34 +37,42 @@ def plain(u: Tensor, g: Tensor, cond_scale: float, x: Tensor, sigma: Tensor) -> 
     return u + (g - u) * cond_scale
 
 
-def rescale(phi: float = 0.7) -> Rule:
+class rescale:
     """Plain guidance, with its standard deviation drawn back to that of the conditional prediction, against overexposure.
 
-    Lin et al. 2023, arXiv:2305.08891, section 3.4, on the model's v-prediction, as there. For a model of another kind, v is what
-    the denoised latent and the noise say that it is, with data of standard deviation 1.
+    Lin et al. 2023, arXiv:2305.08891, section 3.4. As there, it is computed on the model's v-prediction, and for a model trained by
+    flow matching on its velocity. For a model of another kind, v follows from the denoised latent and the noise, with data of
+    standard deviation 1.
 
     Args:
         phi: φ, how much of the rescaled prediction to take, 0 to 1; the paper's 0.7 by default.
-
-    Returns:
-        A rule for `SAGDenoiser(cfg_rule=...)`.
+        flow: True for a model trained by flow matching (`ksag.FlowDenoiser`), for which the default is an error.
 
     Raises:
         ValueError: phi is no number from 0 to 1.
     """
-    if not 0 <= number("phi", phi) <= 1:
-        raise ValueError(f"phi is the share of the rescaled prediction, 0 to 1, got {phi}.")
 
-    def rule(u: Tensor, g: Tensor, cond_scale: float, x: Tensor, sigma: Tensor) -> Tensor:
-        # v is x / (sigma² + 1) − denoised, times a factor that depends on sigma alone and cancels
-        origin = (x / (sigma.square() + 1)[:, None, None, None]).to(g.dtype)
+    def __init__(self, phi: float = 0.7, *, flow: bool = False):
+        if not 0 <= number("phi", phi) <= 1:
+            raise ValueError(f"phi is the share of the rescaled prediction, 0 to 1, got {phi}.")
+        self.phi, self.flow = phi, flag("flow")(flow)
+
+    def __call__(self, u: Tensor, g: Tensor, cond_scale: float, x: Tensor, sigma: Tensor) -> Tensor:
+        # v is x / (σ² + 1) − denoised, a velocity x / (σ + 1) − denoised, times a factor that depends on σ alone and cancels
+        origin = (x / per_sample(sigma + 1 if self.flow else sigma.square() + 1, x)).to(g.dtype)
         v, v_cond = origin - plain(u, g, cond_scale, x, sigma), origin - g
-        v_std, v_cond_std = (t.std(SAMPLE, keepdim=True) for t in (v, v_cond))
+        v_std, v_cond_std = (t.std(sample_dims(t), keepdim=True) for t in (v, v_cond))
         shrink = v_cond_std / v_std.clamp(min=torch.finfo(v.dtype).tiny)
-        return origin - v * (phi * shrink + (1 - phi))
+        return origin - v * (self.phi * shrink + (1 - self.phi))
 
-    rule.__name__ = f"rescale(phi={phi})"
-    return rule
+    def check_model(self, inner_model: Any) -> None:
+        """Raises a ValueError if `flow` is not what the model is."""
+        if getattr(inner_model, "is_flow", False) != self.flow:
+            kind = "a flow matching model" if not self.flow else "no flow matching model"
+            raise ValueError(f"inner_model is {kind}: use cfg_rule=ksag.cfg.rescale({self.phi}, flow={not self.flow}).")
+
+    def __repr__(self) -> str:
+        return f"rescale(phi={self.phi}, flow=True)" if self.flow else f"rescale(phi={self.phi})"
 
 
 class apg:
@@ -71,7 +81,7 @@ class apg:
     The difference g − u gets a (negative) momentum along the run, is limited in length, and loses some of its part parallel to g,
     which is what oversaturates.
 
-    Give each wrapper a rule of its own: the momentum lives in it, for each thread, and ends with the run.
+    A wrapper gives each run a copy of the rule, which holds the momentum.
 
     Args:
         eta: η, the share of the parallel part that stays; 0 is none, 1 all of it.
@@ -93,7 +103,7 @@ class apg:
             raise ValueError(
                 f"momentum is more than -1 and less than 1, got {momentum}: at 1 the differences would add up for ever."
             )
-        self._run = Run()
+        self._run = Memory()
 
     def __call__(self, u: Tensor, g: Tensor, cond_scale: float, x: Tensor, sigma: Tensor) -> Tensor:
         dtype = g.dtype
@@ -103,15 +113,15 @@ class apg:
             difference = difference + self.momentum * self._run.last(sigma, difference)
             self._run.keep(sigma, difference)
         if self.norm_threshold < math.inf:
-            length = torch.linalg.vector_norm(difference, dim=SAMPLE, keepdim=True)
+            length = torch.linalg.vector_norm(difference, dim=sample_dims(difference), keepdim=True)
             difference = difference * (self.norm_threshold / length.clamp(min=self.norm_threshold))
         along = F.normalize(g.flatten(1), dim=1).view_as(g)
-        parallel = (difference * along).sum(SAMPLE, keepdim=True) * along
+        parallel = (difference * along).sum(sample_dims(along), keepdim=True) * along
         return (g + (cond_scale - 1) * (difference - parallel + self.eta * parallel)).to(dtype)
 
     def reset(self) -> None:
-        """Forgets the momentum of this thread's run."""
-        self._run.reset()
+        """Drops the momentum: the next call begins a run."""
+        self._run.clear()
 
     def __repr__(self) -> str:
         limit = None if self.norm_threshold == math.inf else self.norm_threshold

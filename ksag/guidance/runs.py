@@ -1,103 +1,160 @@
-"""What one call of a sampling run leaves for the next one."""
+"""What one call of a sampling run keeps for the next one, for each sample.
+
+A sample begins a run if its sigma is more than 1.5 times that of the last call; all of them do at another shape, dtype or device.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from ksag.model.threads import PerThread
 
 RISE = 1.5
 """A run begins where sigma rises by more than this. Within a run it falls, or rises by at most √2: Heun's churn."""
 
 
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(b,) → (b, 1, ...), to be multiplied with `like`, (b, c, *spatial).
+
+    >>> per_sample(torch.ones(2), torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 1, 1, 1])
+    """
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def only(inside: bool | Tensor, t: Tensor) -> Tensor:
+    """t (b, c, *spatial) for the samples that are inside, (b,), and zeros for the others."""
+    return torch.where(per_sample(inside, t), t, 0) if isinstance(inside, Tensor) else t
+
+
 class Kept(NamedTuple):
     limit: Tensor
-    """(b,) where sigma is above it, a run begins: RISE times the noise level of the call that left the value."""
+    """(b,) above this sigma, a run begins: RISE times the noise level of the call that kept the value."""
     value: Tensor
-    """(b, c, h, w)"""
+    """(b, c, *spatial)"""
 
 
-class Run:
-    """A tensor that lasts from one call of a sampling run to the next, for each thread and each sample.
+class Memory:
+    """A tensor that lasts from one call of a run to the next.
 
-    A sample begins a run where its sigma is more than 1.5 times that of the last call, which is decided on the device; all of them
-    do at another shape, dtype or device, and after `reset()`. No gradient flows from one call to the next.
+    Which samples begin a run is decided on the device. A sample whose tensor is not finite begins one too. No gradient flows from
+    one call to the next.
 
-    >>> run = Run()
-    >>> run.keep(torch.tensor([2.0, 2.0]), torch.ones(2, 1, 1, 1))
-    >>> run.last(torch.tensor([1.0, 9.0]), torch.zeros(2, 1, 1, 1)).flatten()
+    >>> memory = Memory()
+    >>> memory.keep(torch.tensor([2.0, 2.0]), torch.ones(2, 1, 1, 1))
+    >>> memory.last(torch.tensor([1.0, 9.0]), torch.zeros(2, 1, 1, 1)).flatten()
     tensor([1., 0.])
     """
 
     def __init__(self) -> None:
-        self._kept: PerThread[Kept | None] = PerThread(None)
+        self._kept: Kept | None = None
 
     def last(self, sigma: Tensor, like: Tensor, with_sigma: bool = False) -> Tensor:
-        """What the last call of the run kept, shaped as `like`; zeros for each sample that begins a run at `sigma`, (b,).
+        """The tensor that the last call kept, shaped as `like`; zeros for each sample that begins a run at `sigma`, (b,).
 
         `with_sigma` scales it by this sigma over that of the last call: a difference of denoised latents then stays the same
         difference of noise predictions.
         """
-        kept = self._kept.get()
+        kept = self._kept
         if kept is None or (kept.value.shape, kept.value.dtype, kept.value.device) != (like.shape, like.dtype, like.device):
             return torch.zeros_like(like)
-        begins, value = sigma > kept.limit, kept.value
+        goes_on, value = (sigma <= kept.limit) & kept.value.flatten(1).isfinite().all(dim=1), kept.value
         if with_sigma:
             ratio = RISE * sigma / kept.limit.clamp(min=torch.finfo(sigma.dtype).tiny)  # sigma may be 0
-            value = value * ratio[:, None, None, None].to(value.dtype)
-        return torch.where(begins[:, None, None, None], 0, value)
+            value = value * per_sample(ratio, value).to(value.dtype)
+        return torch.where(per_sample(goes_on, value), value, 0)
 
     def keep(self, sigma: Tensor, value: Tensor) -> None:
-        """Leaves `value`, (b, c, h, w), of a call at `sigma`, (b,), for the next call."""
-        self._kept.set(Kept(RISE * sigma.detach(), value.detach()))
+        """Keeps `value`, (b, c, *spatial), of a call at `sigma`, (b,), for the next call."""
+        self._kept = Kept(RISE * sigma.detach(), value.detach())
 
-    def reset(self) -> None:
-        """Begins a run at this thread's next call."""
-        self._kept.set(None)
-
-
-class Call(NamedTuple):
-    number: int
-    """0 for a run's first."""
-    sigmas: list[float]
-    form: tuple
-    """The latent's shape, dtype and device."""
+    def clear(self) -> None:
+        self._kept = None
 
 
-class Calls:
-    """Counts the calls of a run, for each thread. A run begins, for the whole batch, where it does for one sample of it in `Run`.
+class Counter:
+    """Counts the calls of a run, for each sample.
 
-    >>> calls = Calls()
-    >>> [calls.number(torch.tensor([sigma]), torch.zeros(1, 4, 8, 8)) for sigma in (9.0, 3.0, 4.0, 9.0)]
-    [0, 1, 2, 0]
+    >>> counter = Counter()
+    >>> [counter.count([sigma], [True], ()) for sigma in (9.0, 3.0, 4.0, 9.0)]
+    [[0], [1], [2], [0]]
     """
 
     def __init__(self) -> None:
-        self._last: PerThread[Call | None] = PerThread(None)
+        self._last: tuple[tuple[Any, ...], list[float], list[int | None]] | None = None
 
-    def number(self, sigma: Tensor, x: Tensor) -> int:
-        """How many calls of the run came before this one, of `x` (b, c, h, w) at `sigma` (b,). Reads sigma from its device."""
-        last, sigmas, form = self._last.get(), sigma.tolist(), (x.shape, x.dtype, x.device)
-        number = 0
-        if last is not None and last.form == form:
-            rises = any(s > RISE * before for s, before in zip(sigmas, last.sigmas, strict=True))
-            number = 0 if rises else last.number + 1
-        self._last.set(Call(number, sigmas, form))
-        return number
+    def count(self, sigmas: Sequence[float], inside: Sequence[bool], form: tuple[Any, ...]) -> list[int | None]:
+        """How many calls of its run came before this one, for each sample; None for one that is not inside its sigma_range.
 
-    def reset(self) -> None:
-        """Begins a run at this thread's next call."""
-        self._last.set(None)
+        Args:
+            sigmas: the noise level of each sample.
+            inside: whether the direction acts on each sample.
+            form: the latent's shape, dtype and device.
+        """
+        before: list[int | None] = [None] * len(sigmas)
+        if self._last is not None and self._last[0] == form:
+            before = [n if s <= RISE * last else None for s, last, n in zip(sigmas, self._last[1], self._last[2], strict=True)]
+        now = [(0 if n is None else n + 1) if within else None for n, within in zip(before, inside, strict=True)]
+        self._last = form, list(sigmas), now
+        return now
+
+    def clear(self) -> None:
+        self._last = None
+
+
+class Track:
+    """What one direction keeps in one run."""
+
+    def __init__(self) -> None:
+        self.form: tuple[Any, ...] = ()
+        """The settings that a kept tensor depends on: another `every`, say, begins again."""
+        self.direction, self.own, self.counter = Memory(), Memory(), Counter()
+
+    def clear(self) -> None:
+        self.direction.clear()
+        self.own.clear()
+        self.counter.clear()
+
+
+class RunState:
+    """What all directions and the `cfg_rule` of a wrapper keep in one run."""
+
+    def __init__(self, directions: int) -> None:
+        self.tracks = [Track() for _ in range(directions)]
+        self._rules: tuple[Any, Any] = (None, None)
+        self._sigma: float | None = None
+
+    def rule(self, rule: Any) -> Any:
+        """The run's own copy of a `cfg_rule` that keeps something between calls, which is one with a `reset` method."""
+        if not hasattr(rule, "reset"):
+            return rule
+        if self._rules[0] is not rule:
+            self._rules = rule, copy.deepcopy(rule)
+            self._rules[1].reset()
+        return self._rules[1]
+
+    def begins(self, sigma: Tensor) -> bool:
+        """Whether a run begins at `sigma`, (b,), as far as can be seen without waiting for a GPU."""
+        if torch.compiler.is_dynamo_compiling() or sigma.device.type != "cpu" or type(sigma) is not Tensor:
+            return False
+        before, self._sigma = self._sigma, float(sigma.detach().max())
+        return before is None or not self._sigma <= RISE * before
+
+    def clear(self) -> None:
+        for track in self.tracks:
+            track.clear()
+        if self._rules[1] is not None:
+            self._rules[1].reset()
+        self._sigma = None
 
 
 @contextlib.contextmanager
-def ended_by_errors(reset: Callable[[], None]) -> Iterator[None]:
-    """Calls `reset` where the block is left by an error, Ctrl-C included: what one call left half done is nothing to go on from."""
+def ended_by_errors(clear: Callable[[], None]) -> Iterator[None]:
+    """Calls `clear` if the block is left by an error, Ctrl-C included: nothing can go on from a call that is half done."""
     try:
         yield
     except BaseException:
-        reset()
+        clear()
         raise

@@ -1,50 +1,63 @@
-"""What a guided call computed, step by step, and how that shows in a notebook."""
+"""What the guided calls computed, step by step, and how that shows in a notebook."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ksag.attention import table
 
 
-class TraceStep(NamedTuple):
-    """What one guided call computed, on the CPU."""
+@dataclass(frozen=True, repr=False)
+class TraceStep:
+    """What one direction computed in one call, on the CPU.
 
+    Each of `parts` is an attribute too. SAG keeps `saliency`, (b, *grid) with mean 1; `mask`, (b, 1, *spatial) of ones where the
+    saliency is above `mask_threshold`; `degraded`, u blurred under the mask (in one pass, u without what the blur took away at the
+    call before); and `reevaluated`, the model's prediction from it. PAG and SEG keep `perturbed`, their prediction.
+    """
+
+    name: str
+    """The direction's."""
     sigma: Tensor
     """(b,) noise levels."""
-    saliency: Tensor
-    """(b, h', w') attention that each token receives; its mean is 1."""
-    mask: Tensor
-    """(b, 1, h, w) float32 ones where the saliency is above `mask_threshold`, zeros elsewhere."""
     uncond: Tensor
-    """(b, c, h, w) the unconditional prediction u (the only one, where there is no uncond)."""
-    degraded: Tensor
-    """(b, c, h, w) d: u, blurred under the mask; in one pass, u without what the call before took away."""
-    reevaluated: Tensor
-    """(b, c, h, w) r: what the model makes of the degraded latent. SAG adds (d − r) · sag_scale to the guided prediction, in one
-    pass times `ksag.guidance.sag.overlap`."""
+    """(b, c, *spatial) the unconditional prediction u (the only one, if there is no uncond)."""
+    cond: Tensor
+    """(b, c, *spatial) the conditional prediction g."""
+    direction: Tensor
+    """(b, c, *spatial) the guided prediction is the `cfg_rule`'s plus scale · direction of each direction."""
+    parts: Mapping[str, Tensor]
+    """What else the direction computed, by name."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        parts = self.__dict__.get("parts", {})
+        if name not in parts:
+            raise AttributeError(f"a step of {self.__dict__.get('name')} has no {name!r}; it has {', '.join(parts)}.")
+        return parts[name]
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={value}" for name, value in zip(COLUMNS, self._cells(), strict=True))
+        values = ", ".join(f"{name}={value}" for name, value in zip(COLUMNS, self._cells(), strict=True) if value)
         return f"TraceStep({values}, latent={'×'.join(map(str, self.uncond.shape))})"
 
     def _cells(self) -> list[str]:
         low, high = float(self.sigma.min()), float(self.sigma.max())
+        saliency, mask = self.parts.get("saliency"), self.parts.get("mask")
         return [
+            self.name,
             f"{low:.4g}" if low == high else f"{low:.4g}…{high:.4g}",
-            f"{self.saliency.amax():.3g}",
-            f"{self.mask.mean():.0%}",
-            f"{_rms(self.degraded - self.uncond):.3g}",
-            f"{_rms(self.degraded - self.reevaluated):.3g}",
+            "" if saliency is None else f"{saliency.amax():.3g}",
+            "" if mask is None else f"{mask.mean():.0%}",
+            f"{_rms(self.direction):.3g}",
         ]
 
 
-COLUMNS = ("sigma", "peak_saliency", "masked", "blurred_away", "guidance")
+COLUMNS = ("direction", "sigma", "peak_saliency", "masked", "guidance")
 
 
 class Trace(list[TraceStep]):
-    """A list of steps that shows as a table: sigma, the highest saliency (1 is the average), the share of the latent under the
-    mask, and the root mean squares of what the blur took away, d − u, and of the direction of guidance, d − r.
+    """A list of steps that shows as a table: the direction, sigma, the highest saliency (1 is the average), the share of the latent
+    under the mask, and the root mean square of the direction.
     """
 
     def __repr__(self) -> str:
@@ -55,6 +68,12 @@ class Trace(list[TraceStep]):
 
     def _rows(self) -> list[list[str]]:
         return [["step", *COLUMNS], *([str(i), *step._cells()] for i, step in enumerate(self))]
+
+
+def on_cpu(t: Tensor) -> Tensor:
+    """A copy of its own, with numbers in place of truth values."""
+    copy = t.detach().to("cpu", copy=True)
+    return copy if copy.is_floating_point() else copy.float()
 
 
 def _rms(x: Tensor) -> float:

@@ -32,7 +32,7 @@ def refuse(modules: Iterable[nn.Module], path: str) -> None:
             )
 
 
-def turn(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+def one_at_a_time(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     """Has threads take turns with compiled models: hooks in them cannot tell threads apart, nor is Dynamo made for several."""
     return _turns if wanted and not torch.compiler.is_dynamo_compiling() else contextlib.nullcontext()
 
@@ -40,7 +40,7 @@ def turn(wanted: bool) -> contextlib.AbstractContextManager[Any]:
 def eagerly(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     """Runs compiled code as the Python it was compiled from, if wanted, and if this PyTorch can (2.6 or later).
 
-    It does so for the whole process, and so belongs in a `turn`.
+    It does so for the whole process, so use it inside `one_at_a_time`.
     """
     can = hasattr(torch.compiler, "set_stance") and not torch.compiler.is_dynamo_compiling()
     return torch.compiler.set_stance("force_eager") if wanted and can else contextlib.nullcontext()

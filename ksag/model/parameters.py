@@ -51,17 +51,21 @@ def finite(name: str, value: Any) -> float:
     return value
 
 
-def sag_scale(value: Any) -> float | Tensor:
+def scale(value: Any, name: str = "scale") -> float | Tensor:
     if isinstance(value, nn.Parameter):
-        raise ValueError("sag_scale must be a number, or a tensor (b,), got an nn.Parameter: give its .detach().")
+        raise ValueError(f"{name} must be a number, or a tensor (b,), got an nn.Parameter: give its .detach().")
     if isinstance(value, Tensor) and value.ndim == 1 and value.is_floating_point():
         return value
-    return finite("sag_scale", value)
+    return finite(name, value)
+
+
+def sag_scale(value: Any) -> float | Tensor:
+    return scale(value, "sag_scale")
 
 
 def every(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"every is a number of calls, 1 or more: SAG is computed at one of so many. Got {described(value)}.")
+        raise ValueError(f"every=n computes the direction every n-th call, n = 1 or more, got {described(value)}.")
     return int(value)
 
 
@@ -70,6 +74,17 @@ def blur_sigma(value: Any) -> float:
     if value < 0:
         raise ValueError(f"blur_sigma is a standard deviation in latent pixels, 0 (no blur) or more, got {value}.")
     return value
+
+
+def seg_blur_sigma(value: Any) -> float:
+    value = number("blur_sigma", value)
+    if not value >= 0:
+        raise ValueError(f"blur_sigma is a standard deviation in tokens, 0 (no blur) or more, or inf for the mean, got {value}.")
+    return value
+
+
+def mask_threshold(value: Any) -> float:
+    return finite("mask_threshold", value)
 
 
 def blur_kernel_size(value: Any) -> int:
@@ -121,6 +136,15 @@ def flag(name: str) -> Callable[[Any], bool]:
     return check
 
 
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "cfg_rule": cfg_rule,
+    "cond_key": cond_key,
+    "batch_cond": flag("batch_cond"),
+    "shared_kwargs": names,
+}
+"""The settings of a `GuidedDenoiser` itself → their checks."""
+
+
 class Parameter(NamedTuple):
     check: Callable[[Any], Any]
     """value → the value as it is kept; raises a ValueError that says what came and what was expected."""
@@ -132,15 +156,12 @@ PARAMETERS = {
     "sag_scale": Parameter(sag_scale, per_call=True),
     "blur_sigma": Parameter(blur_sigma, per_call=True),
     "blur_kernel_size": Parameter(blur_kernel_size),
-    "mask_threshold": Parameter(lambda value: finite("mask_threshold", value), per_call=True),
+    "mask_threshold": Parameter(mask_threshold, per_call=True),
     "sigma_range": Parameter(sigma_range),
     "one_pass": Parameter(flag("one_pass")),
     "every": Parameter(every),
-    "cfg_rule": Parameter(cfg_rule),
-    "cond_key": Parameter(cond_key),
-    "batch_cond": Parameter(flag("batch_cond")),
-    "shared_kwargs": Parameter(names),
+    **{name: Parameter(check) for name, check in CHECKS.items()},
 }
-"""In the order in which they are shown. Their defaults stand in `SAGDenoiser`'s signature."""
+"""The settings of `SAGDenoiser`, in the order in which they are shown. Their defaults are in its signature."""
 
 PER_CALL = tuple(name for name, parameter in PARAMETERS.items() if parameter.per_call)

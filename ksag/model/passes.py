@@ -1,51 +1,97 @@
-"""How the model is asked: what is batched, recorded, and replayed as a graph."""
+"""How the model is called: what is batched, read, changed, and replayed as a graph."""
 
-import sys
-from collections.abc import Sequence
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ksag.attention.tap import AttentionTap
 from ksag.model import checks, compiled
 from ksag.model.conditioning import Conditioning, join, joinable, repeat, unshared
 from ksag.model.graphs import CUDAGraphs
-from ksag.model.threads import PerThread
+
+
+class Tap(Protocol):
+    """Hooks on a part of the model that can be told about a pass; see `ksag.attention.tap` and `ksag.model.module_edit`."""
+
+    to_check: bool
+
+    def visit(self, read: int, edits: Sequence[tuple[int, int, Callable[..., Any]]], dims: int) -> Any: ...
+
+    def begin(self, visit: Any) -> None: ...
+
+    def end(self, visit: Any) -> None: ...
+
+    def is_compiled(self, inner_model: nn.Module) -> bool: ...
+
+
+class Part(NamedTuple):
+    """A prediction that the model is asked for."""
+
+    x: Tensor
+    """(b, c, *spatial) noisy latent."""
+    cond: Conditioning
+    edits: tuple[tuple[Tap, Callable[..., Any]], ...] = ()
+    """What is changed while its rows are computed: (tap, formula)."""
+
+
+Found = dict[Tap, Tensor]
+"""Saliency, (b, *grid), by the tap that read it."""
 
 
 class Pass:
-    """One call of the model, for one or more latents of the same shape and their conditionings, in one batch.
+    """One call of the model, for one or more parts in one batch.
 
     Args:
         inner_model, cond_key, shared: as for `Passes`.
-        tap: what records the attention.
-        record: whether to record what the model attends to on the first latent.
+        edits: for each part, what is changed.
+        reads: the taps that read the first part.
     """
 
-    def __init__(self, inner_model: nn.Module, cond_key: str | None, shared: Sequence[str], tap: AttentionTap, record: bool):
-        self.inner_model, self.cond_key, self.shared, self.tap, self.record = inner_model, cond_key, shared, tap, record
+    def __init__(
+        self,
+        inner_model: nn.Module,
+        cond_key: str | None,
+        shared: Sequence[str],
+        edits: Sequence[tuple[tuple[Tap, Callable[..., Any]], ...]],
+        reads: Sequence[Tap],
+    ):
+        self.inner_model, self.cond_key, self.shared, self.edits, self.reads = inner_model, cond_key, shared, edits, reads
+        self.taps = list(dict.fromkeys([*reads, *(tap for of_part in edits for tap, _ in of_part)]))
 
     @property
-    def key(self) -> tuple:
-        """What is the same for two passes that do the same."""
-        return self.inner_model, self.cond_key, self.shared, self.record
+    def key(self) -> tuple[Any, ...]:
+        """Equal for two passes that do the same."""
+        return self.inner_model, self.cond_key, self.shared, tuple(self.edits), tuple(self.reads)
+
+    def visits(self, b: int, dims: int) -> list[tuple[Tap, Any]]:
+        """For each tap, what it has to do with the rows of each part."""
+        found = []
+        for tap in self.taps:
+            edits = [(i * b, (i + 1) * b, f) for i, of_part in enumerate(self.edits) for edited, f in of_part if edited is tap]
+            found.append((tap, tap.visit(b if tap in self.reads else 0, edits, dims)))
+        return found
 
     def __call__(
         self, sigma: Tensor, latents: Sequence[Tensor], conds: Sequence[Conditioning], kwargs: dict[str, Any]
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """The denoised latents, and the saliency of the first, (b, h', w')."""
-        b, n = sigma.shape[0], len(latents)
-        x, sigma, cond = latents[0], sigma, conds[0]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The denoised latents, and the saliency that each of `reads` found in the first."""
+        b, n, dims = sigma.shape[0], len(latents), latents[0].ndim - 2
+        x, cond = latents[0], conds[0]
         if n > 1:
             x, sigma, cond = torch.cat(list(latents)), torch.cat([sigma] * n), join(*conds)
             kwargs = repeat(kwargs, b, n, self.shared)
-        if not self.record:
-            return list(self.denoise(x, sigma, cond, kwargs).chunk(n)), None
-        with self.tap.recording(rows=b) as seen:
+        visits = self.visits(b, dims)
+        try:
+            for tap, visit in visits:
+                tap.begin(visit)
             denoised = self.denoise(x, sigma, cond, kwargs)
-        return list(denoised.chunk(n)), seen.saliency()
+        finally:
+            for tap, visit in visits:
+                tap.end(visit)
+        for _, visit in visits:
+            visit.finish()
+        return list(denoised.chunk(n)), [visit.saliency() for tap, visit in visits if tap in self.reads]
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning, kwargs: dict[str, Any]) -> Tensor:
         conditioning = {} if cond is None else cond if self.cond_key is None else {self.cond_key: cond}
@@ -54,79 +100,62 @@ class Pass:
 
 
 class Passes:
-    """Asks a model for several predictions at once: in one batch where their conditionings can be batched.
+    """Asks a model for several predictions at once: in one batch if their conditionings can be batched.
 
     Args:
-        tap: what records the attention.
+        taps: all hooks on the model.
     """
 
-    def __init__(self, tap: AttentionTap):
-        self.tap = tap
+    def __init__(self, taps: Sequence[Tap]):
+        self.taps = taps
         self.graphs: CUDAGraphs | None = None
-        self._asking = PerThread(False)
 
     def __call__(
         self,
         inner_model: nn.Module,
-        parts: Sequence[tuple[Tensor, Conditioning]],
+        parts: Sequence[Part],
         sigma: Tensor,
         kwargs: dict[str, Any],
         *,
         cond_key: str | None,
         batched: bool = True,
         shared: Sequence[str] = (),
-        record: bool = False,
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """The prediction for each part: a noisy latent (b, c, h, w) and its conditioning.
+        reads: Sequence[Tap] = (),
+    ) -> tuple[list[Tensor], Found]:
+        """The predictions, in order, and the saliency that each of `reads` found in the first.
 
         Args:
-            inner_model: what is asked.
+            inner_model: the model.
             parts: at least one.
             sigma: (b,) noise levels of each part.
             kwargs: what else goes to every call, for b samples.
             cond_key: the keyword for the conditioning; None if it is keywords itself.
             batched: False asks for one part after the other.
             shared: names of `kwargs` that all samples share.
-            record: whether to record what the model attends to on the first part.
-
-        Returns:
-            The predictions, in order, and the saliency of the first, (b, h', w'), or None. The next call may overwrite them.
+            reads: the taps that read the first part.
         """
         predictions: dict[int, Tensor] = {}
-        saliency = None
-        for group in _groups([cond for _, cond in parts]) if batched else [[i] for i in range(len(parts))]:
-            model_pass = Pass(inner_model, cond_key, shared, self.tap, record and 0 in group)
-            latents, conds = zip(*(parts[i] for i in group), strict=True)
-            denoised, seen = self._ask(model_pass, sigma, latents, conds, kwargs)
-            if len(group) < len(parts):  # the next group's pass may overwrite them, as CUDA graphs do
-                denoised, seen = [d.clone() for d in denoised], None if seen is None else seen.clone()
-            saliency = seen if saliency is None else saliency
+        found: Found = {}
+        for group in _groups([part.cond for part in parts]) if batched else [[i] for i in range(len(parts))]:
+            latents, conds, edits = zip(*(parts[i] for i in group), strict=True)
+            model_pass = Pass(inner_model, cond_key, shared, edits, reads if 0 in group else ())
+            denoised, maps = self._ask(model_pass, sigma, latents, conds, kwargs)
+            if self.graphs is not None or len(group) < len(parts):  # the next pass overwrites them
+                denoised, maps = [t.clone() for t in denoised], [t.clone() for t in maps]
+            found.update(zip(model_pass.reads, maps, strict=True))
             predictions.update(zip(group, denoised, strict=True))
-        return [predictions[i] for i in range(len(parts))], saliency
+        return [predictions[i] for i in range(len(parts))], found
 
-    def _ask(self, model_pass: Pass, *args: Any) -> tuple[list[Tensor], Tensor | None]:
-        if self._asking.get() and _is_running(self):
-            raise RuntimeError("A SAGDenoiser was called from inside its own inner_model. Wrap the model once, and from outside.")
-        to_check = model_pass.record and self.tap.to_check
-        try:
-            self._asking.set(True)
-            with compiled.turn(to_check or self.tap.is_compiled(model_pass.inner_model)):
-                if self.graphs is None or to_check:
-                    with compiled.eagerly(to_check):
-                        answer = model_pass(*args)
-                return answer if self.graphs is None else self.graphs(model_pass, *args, key=model_pass.key)
-        finally:
-            self._asking.set(False)
-
-
-def _is_running(passes: Passes) -> bool:
-    """Whether they wait for a model further up the stack. (A flag alone would stay set if Ctrl-C hits where it is taken down.)"""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is Passes._ask.__code__ and frame.f_locals.get("self") is passes:
-            return True
-        frame = frame.f_back
-    return False
+    def _ask(self, model_pass: Pass, *args: Any) -> tuple[list[Tensor], list[Tensor]]:
+        to_check = any(tap.to_check for tap in model_pass.taps)
+        is_compiled = any(tap.is_compiled(model_pass.inner_model) for tap in self.taps)
+        with compiled.one_at_a_time(to_check or is_compiled):
+            if self.graphs is None or to_check:
+                with compiled.eagerly(to_check):
+                    answer = model_pass(*args)
+            if self.graphs is None:
+                return answer
+            return self.graphs(model_pass, *args, key=model_pass.key)  # type: ignore[no-any-return]
 
 
 def _groups(conds: Sequence[Conditioning]) -> list[list[int]]:

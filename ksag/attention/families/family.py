@@ -1,9 +1,10 @@
 """What ksag has to know of a way of writing self-attention."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
@@ -15,27 +16,61 @@ once. A submodule that did not run is missing.
 """
 
 
+Grid: TypeAlias = tuple[int, ...]
+"""The sides of a grid of tokens or of a latent: one to three of them."""
+
+Tokens: TypeAlias = Literal["all", "first", "last"]
+"""Which of the tokens belong to the image; the others are text, or learned keys."""
+
+
 class Attention(NamedTuple):
     """What a layer attended with: its output is softmax(q kᵀ · scale + mask) v."""
 
     q: Tensor
-    """(b, heads, tokens, dim)"""
+    """(b, heads, queries, dim)"""
     k: Tensor
-    """(b, heads, memory + tokens, dim)"""
+    """(b, heads, keys, dim)"""
     v: Tensor | None
-    """(b, heads, memory + tokens, dim of the values); None where it was not seen, so that the output cannot be computed."""
+    """(b, heads, keys, dim of the values); None if it was not seen, so that the output cannot be computed."""
     scale: float
-    """What the layer multiplies q kᵀ by, as a rule dim ** -0.5."""
-    grid: tuple[int, int] | None = None
-    """(h', w') of the tokens; None where the layer sees a sequence, whose grid only the modules around it know."""
-    memory: int = 0
-    """How many keys, the first ones, are no tokens of the image."""
+    """The factor of q kᵀ, usually dim ** -0.5."""
+    grid: Grid | None = None
+    """(h', w') of the image's tokens; None if the layer sees a sequence, whose grid only the modules around it know."""
+    tokens: Tokens = "all"
+    """Which of the queries and keys are the image's."""
     mask: Tensor | None = None
-    """As `F.scaled_dot_product_attention` takes it, of the shape (b, heads, tokens, keys)."""
+    """As `F.scaled_dot_product_attention` takes it, of shape (b, heads, queries, keys)."""
 
-    def of(self, samples: int) -> "Attention":
-        """The same of the first samples of the batch."""
-        q, k, v, mask = (x if x is None else x[:samples] for x in (self.q, self.k, self.v, self.mask))
+    def rows(self, part: slice) -> "Attention":
+        """The same for some samples of the batch."""
+        q, k, v, mask = (x if x is None else x[part] for x in (self.q, self.k, self.v, self.mask))
+        assert q is not None and k is not None
+        return self._replace(q=q, k=k, v=v, mask=mask)
+
+    def queries(self, part: slice) -> "Attention":
+        """The same for some queries."""
+        mask = self.mask if self.mask is None or self.mask.shape[2] == 1 else self.mask[:, :, part]
+        return self._replace(q=self.q[:, :, part], mask=mask)
+
+    def of_image(self, length: int) -> slice:
+        """Which of `length` queries or keys belong to the image; `grid` must be known."""
+        assert self.grid is not None
+        n = math.prod(self.grid)
+        return slice(length - n, length) if self.tokens == "last" else slice(0, n)
+
+    @property
+    def image_queries(self) -> "Attention":
+        """The same for the image's queries alone, which still attend to every key."""
+        return self.queries(self.of_image(self.q.shape[2]))
+
+    @property
+    def image_values(self) -> Tensor:
+        """(b, heads, tokens, dim): the values of the image's own tokens."""
+        assert self.v is not None
+        return self.v[:, :, self.of_image(self.v.shape[2])]
+
+    def detach(self) -> "Attention":
+        q, k, v, mask = (x if x is None else x.detach() for x in (self.q, self.k, self.v, self.mask))
         assert q is not None and k is not None
         return self._replace(q=q, k=k, v=v, mask=mask)
 
@@ -65,10 +100,13 @@ class Family:
     """Whether the module at a path, in its parent, is such a layer."""
     middle: Middle
     """Where its models have their middle; `unet` and `stack` make such a function."""
-    read: Callable[[Any, Seen], Attention | None]
-    """The layer, and what the hooks saw → what it attended with; None if the submodules that it needs did not run."""
-    projection: str
-    """The submodule that is given the attention's output, (b, heads, tokens, dim), rearranged as `merged` says."""
+    read: Callable[[Any, Seen], Attention | None] | None = None
+    """The layer, and what the hooks saw → what it attended with; None if the submodules that it needs did not run. A family without
+    this function is read through its layer's call of `F.scaled_dot_product_attention`."""
+    tokens: Tokens = "all"
+    """Then: which of that call's tokens are the image's."""
+    projection: str = ""
+    """The submodule that is given the attention's output, (b, heads, image tokens, dim), rearranged as `merged` says."""
     merged: str = "b heads tokens d -> b tokens (heads d)"
     """An einops pattern, for which h and w are known."""
     outputs: tuple[str, ...] = ()
@@ -100,7 +138,7 @@ def has_modules(layer: nn.Module, *names: str) -> bool:
 def from_image(qkv: Tensor, heads: int, order: str) -> Attention:
     """q, k, v in the channels of an image, (b, three heads d, h, w), in the given order; at the usual scale."""
     q, k, v = rearrange(qkv, f"b ({order}) h w -> three b heads (h w) d", three=3, heads=heads)
-    return Attention(q, k, v, q.shape[-1] ** -0.5, grid=(qkv.shape[2], qkv.shape[3]))
+    return Attention(q, k, v, q.shape[-1] ** -0.5, grid=tuple(qkv.shape[2:]))
 
 
 def from_tokens(q: Tensor, k: Tensor, v: Tensor | None, heads: int, scale: float | None = None) -> Attention:

@@ -26,7 +26,7 @@ def _read(layer: Any, seen: Seen) -> Attention | None:
         scale = d**-0.5
     elif layer.attend.flash:  # it scales q by scale / d, and scaled_dot_product_attention then does as usual
         scale = scale / d * d**-0.5
-    return Attention(q, k, v, scale, memory=k.shape[2] - q.shape[2])
+    return Attention(q, k, v, scale, tokens="last")
 
 
 ATTENTION = Family(

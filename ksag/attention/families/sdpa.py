@@ -1,6 +1,7 @@
 """Attention of any writing that calls `F.scaled_dot_product_attention`: the call tells what it attends with."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ksag.attention.families.family import Attention
+from ksag.attention.families.family import Attention, Grid, Tokens
 
 
 class Call(NamedTuple):
@@ -29,14 +30,18 @@ class Call(NamedTuple):
 class WatchSDPA(TorchFunctionMode):
     """Keeps the arguments of every `F.scaled_dot_product_attention` while the mode is entered, and lets each one run.
 
+    Args:
+        attended: is passed each call and its output, and returns what the caller gets as the output.
+
     >>> with WatchSDPA() as watch:
     ...     attended = F.scaled_dot_product_attention(*torch.randn(3, 1, 2, 16, 8))
     >>> [call.query.shape for call in watch.calls]
     [torch.Size([1, 2, 16, 8])]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attended: Callable[[Call, Tensor], Tensor] | None = None) -> None:
         super().__init__()
+        self.attended = attended
         self.calls: list[Call] = []
         self._entered = False
 
@@ -50,19 +55,23 @@ class WatchSDPA(TorchFunctionMode):
             self._entered = False
             self.__exit__(None, None, None)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
             self.calls.append(Call(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+            if self.attended is not None:
+                return self.attended(self.calls[-1], output)
+        return output
 
 
-def read(call: Call, batch: int | None, spatial: tuple[int, int] | None) -> Attention:
+def read(call: Call, batch: int | None, spatial: Grid | None, tokens: Tokens = "all") -> Attention:
     """What one call attends with. Its tokens may be the pixels of the nearest spatial input, or square patches of them.
 
     Args:
         call: its tensors are (b, heads, tokens, dim) or (b heads, tokens, dim); keys and values may be grouped.
         batch: b of the nearest spatial input, if there was one.
-        spatial: (h, w) of that.
+        spatial: its sides.
+        tokens: which of the tokens are the image's.
 
     Raises:
         ValueError: another shape.
@@ -71,7 +80,7 @@ def read(call: Call, batch: int | None, spatial: tuple[int, int] | None) -> Atte
     >>> read(Call(q, k, v), batch=1, spatial=(8, 8)).grid
     (4, 4)
     """
-    q, k, v = (x.detach() for x in call[:3])
+    q, k, v = call[:3]
     if q.ndim == k.ndim == 3 and batch and q.shape[0] == k.shape[0] and q.shape[0] % batch == 0:
         q, k, v = (rearrange(x, "(b heads) n d -> b heads n d", b=batch) for x in (q, k, v))
     heads = q.shape[1]
@@ -84,7 +93,8 @@ def read(call: Call, batch: int | None, spatial: tuple[int, int] | None) -> Atte
             f"(b, heads, tokens, dim), of the {batch} samples that the model was given"
         )
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    return Attention(q, k, v, scale, grid=spatial and _patches(spatial, q.shape[2]), mask=_mask(call, q, k))
+    grid = _patches(spatial, q.shape[2]) if spatial and tokens == "all" else None
+    return Attention(q, k, v, scale, grid, tokens, _mask(call, q, k))
 
 
 def _mask(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
@@ -94,14 +104,18 @@ def _mask(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
     elif call.attn_mask is None:
         return None
     else:
-        mask = call.attn_mask.detach()
+        mask = call.attn_mask
     if call.query.ndim == mask.ndim == 3 and mask.shape[0] > 1:  # (b heads, tokens, keys)
         mask = mask.unflatten(0, (b, heads))
     return mask.expand(b, heads, tokens, k.shape[2])
 
 
-def _patches(spatial: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """The grid of so many square patches; that of the pixels where there is none."""
-    h, w = spatial
-    patch = max(1, math.isqrt(h * w // tokens))
-    return (h // patch, w // patch) if h % patch == w % patch == 0 else spatial
+def _patches(spatial: Grid, tokens: int) -> Grid:
+    """The grid of `tokens` square patches (of one frame, in a video); that of the pixels if there is none."""
+    for patch in range(1, max(spatial) + 1):
+        for first in {1, patch} if len(spatial) == 3 else {patch}:
+            sides = (first, *[patch] * (len(spatial) - 1))
+            grid = tuple(side // size for side, size in zip(spatial, sides, strict=True))
+            if math.prod(grid) == tokens and all(side % size == 0 for side, size in zip(spatial, sides, strict=True)):
+                return grid
+    return spatial

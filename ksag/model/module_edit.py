@@ -1,0 +1,101 @@
+"""A hook on any module that replaces its output for some rows of the batch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ksag.model import compiled
+from ksag.model.conditioning import leaves, transform
+from ksag.model.threads import PerThread
+
+Replace: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
+"""A module's positional arguments, keywords and output, for some rows of the batch → the new output for them."""
+
+
+class Rows(NamedTuple):
+    """Rows of the batch whose output is replaced."""
+
+    start: int
+    stop: int
+    replace: Replace
+
+
+class ModuleVisit:
+    """One pass through a module: what is replaced, and how many rows have gone through."""
+
+    def __init__(self, path: str, edits: Sequence[Rows]):
+        self.path, self.edits, self.done = path, tuple(edits), 0
+
+    def finish(self) -> None:
+        """Raises a RuntimeError if the module did not run for all rows."""
+        total = max(edit.stop for edit in self.edits)
+        if self.done < total:
+            raise RuntimeError(f"{self.path!r} ran for {self.done} of {total} samples while inner_model ran.")
+
+
+class ModuleTap:
+    """A forward hook on one module, idle outside a visit; it has the interface of `ksag.attention.tap.AttentionTap`.
+
+    Args:
+        inner_model: the model that holds the module.
+        path: the module's dotted path in it.
+
+    Raises:
+        ValueError: no such module.
+        RuntimeError: a module around it was compiled before.
+    """
+
+    def __init__(self, inner_model: nn.Module, path: str):
+        names = [name for name, _ in inner_model.named_modules() if name == path or name.endswith(f".{path}")]
+        if len(names) != 1:
+            found = f"could be any of {', '.join(names)}" if names else "does not exist"
+            raise ValueError(f"modules= names {path!r}, which {found} in {type(inner_model).__name__}. Give the whole path.")
+        self.path = names[0]
+        parts = self.path.split(".")
+        self._root, self._around = inner_model, [inner_model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+        compiled.refuse(self._around, self.path)
+        self._visit: PerThread[ModuleVisit | None] = PerThread(lambda: None)
+        self._handle = inner_model.get_submodule(self.path).register_forward_hook(self._replace, with_kwargs=True)
+
+    to_check = False
+
+    def visit(self, read: int, edits: Sequence[tuple[int, int, Replace]], dims: int) -> ModuleVisit:
+        return ModuleVisit(self.path, [Rows(*edit) for edit in edits])
+
+    def is_compiled(self, inner_model: nn.Module) -> bool:
+        return inner_model is not self._root or any(map(compiled.is_compiled, self._around))
+
+    def begin(self, visit: ModuleVisit) -> None:
+        self._visit.set(visit)
+
+    def end(self, visit: ModuleVisit) -> None:
+        self._visit.set(None)
+
+    def close(self) -> None:
+        self._handle.remove()
+
+    def _replace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        visit = self._visit.get()
+        if visit is None:
+            return None
+        n = next(leaf.shape[0] for _, leaf in leaves(output) if isinstance(leaf, Tensor))
+        for edit in visit.edits:
+            start, stop = max(edit.start - visit.done, 0), min(edit.stop - visit.done, n)
+            if start < stop:
+                given = (_rows(tree, start, stop, n) for tree in (args, kwargs, output))
+                output = transform(lambda new, old, a=start, b=stop: _replaced(new, old, a, b, n), edit.replace(*given), output)
+        visit.done += n
+        return output
+
+
+def _rows(tree: Any, start: int, stop: int, batch: int) -> Any:
+    """The rows of every tensor that has as many as the batch."""
+    return transform(lambda t: t[start:stop] if isinstance(t, Tensor) and t.ndim and t.shape[0] == batch else t, tree)
+
+
+def _replaced(new: Any, old: Any, start: int, stop: int, batch: int) -> Any:
+    if not isinstance(old, Tensor) or not old.ndim or old.shape[0] != batch:
+        return old
+    return torch.cat([old[:start], new.to(old.dtype), old[stop:]])
