@@ -15,7 +15,6 @@ import nbformat
 import pytest
 
 import ksag.zoo
-from tests.test_docs import build_site
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
@@ -220,11 +219,6 @@ def test_the_widget_follows_a_slider_and_says_what_is_wrong(tmp_path):
                 page.wait_for_timeout(1000)  # what the browser lays out anew
                 page.screenshot(path=tmp_path / f"{scheme}-{width}.png")
                 assert not overflowing(page), f"{scheme}, {width} pixels wide"
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    return build_site(tmp_path_factory.mktemp("site"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
