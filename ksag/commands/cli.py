@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ksag import __version__
+from ksag.commands.versions import version_option
 
 COMMANDS = ("demo", "sample", "evaluate")
 """Each is a function of its name in the module of its name in `ksag.commands`."""
@@ -45,7 +45,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(__version__)
+@version_option
 def main() -> None:
     """Self-Attention Guidance for k-diffusion samplers.
 
