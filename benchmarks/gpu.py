@@ -1,19 +1,17 @@
 """What does a guided step cost on a GPU, and how near is it to the passes it cannot avoid?  `python benchmarks/gpu.py`
 
-On diffusers' UNet2DConditionModel at the shapes of Stable Diffusion 1.5 and XL, random weights, float16, channels last, side by
-side in one run, eager, as CUDA graphs, compiled, and both: plain classifier-free guidance (one pass of 2B), ksag and its floor
-(one pass of 2B and one of B), ksag in one pass, at each call and at every third, and its floor (one pass of 3B); diffusers' own
-SAG pipeline; and with --comfyui ComfyUI's node. Times are medians of CUDA events over rounds in which each takes one step from an
-idle GPU, in random order, launched on one core of the host (Linux). CUDA graphs take three in a row, since under a sampler the
-host runs ahead of them, as do steps of which every third is another, and the pipeline two, of which the second counts. Ratios are
-medians and quartiles of the rounds' ratios; at batch 1 those of CUDA graphs are taken of whole runs of `sample_euler` too, which
-like most samplers reads sigma on the host itself. Memory is the peak above what was there before the step, as a rule the weights.
-What the variants compute is compared with each other, and with the same weights in float32. Writes gpu.md and gpu.json; what
-gpu.json holds already is not measured again.
+On diffusers' models at the shapes of Stable Diffusion 1.5, XL and 3 medium, and Flux dev, with random weights, side by side in one
+run, eager and as CUDA graphs: plain classifier-free guidance (one pass of 2B), ksag's forms, and the bare passes that each cannot
+avoid (its floor: 2B + B for exact SAG, 3B for SAG in one pass and for PAG, 4B for both together; a B less without uncond).
+For Stable Diffusion 1.5 diffusers' own SAG pipeline is timed too, and with --comfyui ComfyUI's node.
+
+Times are medians of CUDA events over rounds in which each form takes one step from an idle GPU, in random order, launched on one
+core of the host (Linux). CUDA graphs take three steps in a row, since under a sampler the host runs ahead of them; so do steps
+of which every third is another; the pipeline takes two, of which the second counts. Ratios are medians and quartiles of the
+rounds' ratios. Memory is the peak above the weights. Writes gpu.md and gpu.json; a case that gpu.json holds is not measured again.
 """
 
 import contextlib
-import copy
 import gc
 import json
 import os
@@ -28,16 +26,15 @@ from typing import Any, NamedTuple
 
 import click
 import comfyui
-import k_diffusion as K
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from measure import Step, peak_bytes, seconds
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import ksag
 from ksag.adapters.diffusers import denoiser as as_denoiser
+from ksag.model.conditioning import join
 
 DEVICE, DTYPE = torch.device("cuda"), torch.float16
 UNETS: dict[str, dict[str, Any]] = {
@@ -50,73 +47,102 @@ UNETS: dict[str, dict[str, Any]] = {
         "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
     },
 }  # fmt: skip
-TIMED = [("SD 1.5", 64, 1), ("SD 1.5", 64, 4), ("SDXL", 128, 1), ("SDXL", 128, 4), ("SDXL", 256, 1)]
-COMPILED_TOO = [("SD 1.5", 64, 1), ("SDXL", 128, 1)]
-"""A UNet takes minutes to compile."""
-IN_A_ROW = 3
-RUN_STEPS = 12
-SIDES = (64, 128, 256)
-EAGER, GRAPHED, COMPILED, BOTH = MODES = ("eager", "CUDA graphs", "compiled", "compiled, CUDA graphs")
-CFG, FLOOR, SAG, FLOOR_ONE, ONE, THIRD = FORMS = (
-    "plain CFG: 2B", "floor: 2B + B", "ksag", "floor: 3B", "ksag, one_pass", "ksag, one_pass, every=3",
+TRANSFORMERS = ("SD3 medium", "Flux dev")
+CASES = [("SD 1.5", 64, 1), ("SDXL", 128, 1), ("SD3 medium", 128, 1), ("Flux dev", 128, 1), ("SD 1.5", 64, 4), ("SDXL", 128, 4)]
+"""(model, side of the latent, batch), the most important first."""
+EAGER, GRAPHED = MODES = ("eager", "CUDA graphs")
+CFG, EXACT, ONE, THIRD, PAG, BOTH = FORMS = (
+    "plain CFG", "SAG", "SAG, one_pass", "SAG, one_pass, every=3", "PAG", "SAG, one_pass + PAG",
 )  # fmt: skip
-FLOORS = {SAG: FLOOR, ONE: FLOOR_ONE}
+FLOORS = {EXACT: "floor: 2B + B", ONE: "floor: 3B", PAG: "floor: 3B", BOTH: "floor: 4B"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    SAG: {"one_pass": False, "every": 1}, ONE: {"one_pass": True, "every": 1}, THIRD: {"one_pass": True, "every": 3},
+    CFG: {"sag": 0.0, "pag": 0.0}, EXACT: {"pag": 0.0}, ONE: {"pag": 0.0, "one_pass": True},
+    THIRD: {"pag": 0.0, "one_pass": True, "every": 3}, PAG: {"sag": 0.0}, BOTH: {"one_pass": True},
 }  # fmt: skip
-PIPELINE = "diffusers SAG pipeline"
-
-
-def key(form: str, mode: str) -> str:
-    return f"{form} ({mode})"
+PIPELINE = "diffusers' SAG pipeline"
 
 
 class Inputs(NamedTuple):
     x: Tensor
     sigma: Tensor
     cond: dict[str, Any]
-    uncond: dict[str, Any]
-
-
-def make_unet(model: str) -> Any:
-    torch.manual_seed(0)
-    with DEVICE:
-        unet: Any = UNet2DConditionModel(**UNETS[model])
-    return unet.to(DTYPE).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def make_inputs(model: str, side: int, batch: int) -> Inputs:
-    width = UNETS[model]["cross_attention_dim"]
-
-    def conditioning() -> dict[str, Any]:
-        text = {"encoder_hidden_states": torch.randn(batch, 77, width, device=DEVICE, dtype=DTYPE)}
-        if model != "SDXL":
-            return text
-        pixels = torch.full((batch, 6), 8.0 * side, device=DEVICE, dtype=DTYPE)
-        pooled = torch.randn(batch, 1280, device=DEVICE, dtype=DTYPE)
-        return {**text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": pixels}}
-
-    x = torch.randn(batch, 4, side, side, device=DEVICE, dtype=DTYPE) * 4
-    return Inputs(x, torch.full((batch,), 4.0, device=DEVICE), conditioning(), conditioning())
+    uncond: dict[str, Any] | None
+    """None for a model that is distilled to do without."""
 
 
 def scheduler() -> DDIMScheduler:
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
 
 
-def bare_pass(denoiser: torch.nn.Module, inputs: Inputs, parts: str) -> Step:
-    """One pass of the model for the conditionings that `parts` spells, "u" and "c"."""
+def make_unet(model: str) -> Any:
+    torch.manual_seed(0)
+    with DEVICE:
+        unet: Any = UNet2DConditionModel(**UNETS[model])
+    return unet.to(DTYPE, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def make_inputs(model: str, side: int, batch: int) -> Inputs:
+    torch.manual_seed(1)
+    make = partial(torch.randn, device=DEVICE, dtype=DTYPE)
+
+    def conditioning() -> dict[str, Any]:
+        tokens, width = (77, 768) if model == "SD 1.5" else (77, 2048)
+        cond: dict[str, Any] = {"encoder_hidden_states": make(batch, tokens, width)}
+        if model == "SDXL":
+            cond["added_cond_kwargs"] = {"text_embeds": make(batch, 1280), "time_ids": make(batch, 6)}
+        return cond
+
+    x = (make(batch, 4, side, side) * 4).to(memory_format=torch.channels_last)
+    return Inputs(x, torch.full((batch,), 4.0, device=DEVICE), conditioning(), conditioning())
+
+
+def filled(make: Callable[[], nn.Module]) -> Any:
+    """A model whose weights are drawn on the device, in bfloat16: to draw billions of them on the host would take minutes."""
+    with torch.device("meta"):
+        model = make().to(torch.bfloat16)
+    model = model.to_empty(device=DEVICE)
+    torch.manual_seed(0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.normal_(std=0.02)
+    return model.eval().requires_grad_(False)
+
+
+def make_transformer(model: str, side: int, batch: int) -> tuple[nn.Module, Inputs]:
+    """A transformer of the real size as a denoiser, and its inputs: 512 text tokens for Flux, 333 for SD3."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, SD3Transformer2DModel
+
+    torch.manual_seed(1)
+    make = partial(torch.randn, device=DEVICE)
+    low = partial(make, dtype=torch.bfloat16)
+    x, sigma = make(batch, 16, side, side) * 2, torch.full((batch,), 1.0, device=DEVICE)
+    if model == "SD3 medium":
+        transformer = filled(lambda: SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
+            caption_projection_dim=1536, pos_embed_max_size=192,
+        ))  # fmt: skip
+        cond, uncond = ({"encoder_hidden_states": low(batch, 333, 4096), "pooled_projections": low(batch, 2048)} for _ in range(2))
+        return as_denoiser(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0)), Inputs(x, sigma, cond, uncond)
+    transformer = filled(lambda: FluxTransformer2DModel(guidance_embeds=True))
+    cond = {"encoder_hidden_states": low(batch, 512, 4096), "pooled_projections": low(batch, 768)}
+    cond["guidance"] = torch.full((batch,), 3.5, device=DEVICE)
+    return as_denoiser(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0)), Inputs(x, sigma, cond, None)
+
+
+def bare_passes(denoiser: nn.Module, inputs: Inputs) -> dict[str, list[Step]]:
+    """The passes that each form cannot avoid, on their own."""
     x, sigma, cond, uncond = inputs
-    n = len(parts)
-    both = ksag.model.conditioning.join(*({"u": uncond, "c": cond}[part] for part in parts))
-    x, sigma = torch.cat([x] * n), torch.cat([sigma] * n)
-    return lambda: denoiser(x, sigma, **both)
 
+    def model_pass(n: int) -> Step:
+        both = join(*([cond, cond if uncond is None else uncond] * n)[:n])
+        return partial(denoiser, torch.cat([x] * n), torch.cat([sigma] * n), **both)
 
-def bare_passes(denoiser: torch.nn.Module, inputs: Inputs) -> dict[str, list[Step]]:
-    """The passes that a step cannot avoid, on their own."""
-    forms = {CFG: ("uc",), FLOOR: ("uc", "u"), FLOOR_ONE: ("ucu",)}
-    return {form: [bare_pass(denoiser, inputs, parts) for parts in passes] for form, passes in forms.items()}
+    own = 1 if uncond is None else 2
+    passes = {n: model_pass(n) for n in range(1, own + 3)}
+    return {
+        "floor: 2B": [passes[own]], "floor: 2B + B": [passes[own], passes[1]], "floor: 3B": [passes[own + 1]],
+        "floor: 4B": [passes[own + 2]],
+    }  # fmt: skip
 
 
 def in_turn(passes: list[Step]) -> Step:
@@ -143,57 +169,39 @@ def graphed(passes: list[Step]) -> Step:
     return step
 
 
-def guided_step(guided: ksag.SAGDenoiser, inputs: Inputs, cond_scale: float = 7.5, **options: float) -> Callable[[], Tensor]:
-    x, sigma, cond, uncond = inputs
-    return partial(guided, x, sigma, cond=cond, uncond=uncond, cond_scale=cond_scale, **options)
+class Guided:
+    """ksag's forms of a step, in one mode."""
 
+    def __init__(self, denoiser: nn.Module, inputs: Inputs, mode: str):
+        self.sag, self.pag, self.inputs = ksag.SAG(), ksag.PAG(), inputs
+        self.wrapper = ksag.GuidedDenoiser(denoiser, [self.sag, self.pag], cond_key=None)
+        self.repeats = 3 if mode == GRAPHED else 1
+        if mode == GRAPHED:
+            self.wrapper.use_cuda_graphs(limit=16)
 
-def float32(tree: Any) -> Any:
-    return ksag.model.conditioning.transform(lambda leaf: leaf.float(), tree)
+    def step(self, form: str) -> Step:
+        x, sigma, cond, uncond = self.inputs
+        settings = {"sag": 0.5, "pag": 3.0, "one_pass": False, "every": 1, **SETTINGS[form]}
+        self.sag.scale, self.pag.scale = settings["sag"], settings["pag"]
+        self.sag.one_pass, self.sag.every = settings["one_pass"], settings["every"]
+        self.wrapper.reset()
+        args = {} if uncond is None else {"uncond": uncond, "cond_scale": 7.5}
+        return partial(self.wrapper, x, sigma, cond=cond, **args)
 
+    def seconds(self, form: str) -> float:
+        return seconds(self.step(form), DEVICE, 3 if form == THIRD else self.repeats)
 
-class Computed(NamedTuple):
-    """What a step computes, on the CPU, in float64 but for the last."""
-
-    u: Tensor
-    unscaled: Tensor
-    """The image at cond_scale 1."""
-    image: Tensor
-    """The image at cond_scale 7.5."""
-    masked: Tensor
-    """(b, h', w'): the tokens above the threshold."""
-
-
-def computed(guided: ksag.SAGDenoiser, inputs: Inputs) -> Computed:
-    with guided.trace() as steps:
-        unscaled, image = (guided_step(guided, inputs, cond_scale)().double().cpu() for cond_scale in (1.0, 7.5))
-    return Computed(steps[-1].uncond.double(), unscaled, image, steps[-1].saliency > guided.mask_threshold)
-
-
-def computed_in_float32(unet: Any, inputs: Inputs) -> Computed:
-    guided = ksag.SAGDenoiser(as_denoiser(copy.deepcopy(unet).float(), scheduler()), cond_key=None)
-    return computed(guided, Inputs(*map(float32, inputs)))
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
-
-
-def differences(actual: Computed, expected: Computed) -> dict[str, float]:
-    tensors = {name: relative(getattr(actual, name), getattr(expected, name)) for name in ("u", "unscaled", "image")}
-    return {**tensors, "tokens": int((actual.masked != expected.masked).sum())}
-
-
-def compiled_wrapper(unet: Any) -> ksag.SAGDenoiser:
-    denoiser: Any = as_denoiser(unet, scheduler())
-    guided = ksag.SAGDenoiser(denoiser, cond_key=None)
-    denoiser.inner_model = torch.compile(unet, fullgraph=True, dynamic=False)
-    return guided
+    def peak(self, form: str) -> int:
+        step = self.step(form)
+        step()
+        step()
+        return peak_bytes(step, DEVICE)
 
 
 def sag_pipeline(unet: Any, inputs: Inputs) -> Callable[[], float]:
     """Seconds of one step of diffusers' pipeline: the second of two."""
     from diffusers import StableDiffusionSAGPipeline  # here, because it is deprecated and may go
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     vae = AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
@@ -212,6 +220,7 @@ def sag_pipeline(unet: Any, inputs: Inputs) -> Callable[[], float]:
             events.append(torch.cuda.Event(enable_timing=True))
             events[-1].record()
 
+        assert inputs.uncond is not None
         pipe(
             prompt_embeds=inputs.cond["encoder_hidden_states"], negative_prompt_embeds=inputs.uncond["encoder_hidden_states"],
             latents=inputs.x, num_inference_steps=2, output_type="latent", callback=record,
@@ -223,104 +232,44 @@ def sag_pipeline(unet: Any, inputs: Inputs) -> Callable[[], float]:
     return step_seconds
 
 
-def first_call(step: Step) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
+def key(form: str, mode: str) -> str:
+    return f"{form} ({mode})"
 
 
-class Guided:
-    """The forms of a guided step, in one mode."""
-
-    def __init__(self, wrapper: ksag.SAGDenoiser, inputs: Inputs, mode: str):
-        self.wrapper, self.inputs, self.mode = wrapper, inputs, mode
-
-    def set(self, form: str) -> None:
-        for name, value in SETTINGS[form].items():
-            setattr(self.wrapper, name, value)
-        self.wrapper.reset()
-
-    def seconds(self, form: str) -> float:
-        self.set(form)
-        in_a_row = IN_A_ROW if form == THIRD or self.mode in (GRAPHED, BOTH) else 1
-        return seconds(guided_step(self.wrapper, self.inputs), DEVICE, in_a_row)
-
-    def seconds_in_a_run(self, form: str) -> float:
-        """A step of a whole run."""
-        if form != CFG:
-            self.set(form)
-        x, _, cond, uncond = self.inputs
-        extra_args = {"cond": cond, "uncond": uncond, "cond_scale": 7.5} | ({"sag_scale": 0.0} if form == CFG else {})
-        sigmas = self.wrapper.get_sigmas(RUN_STEPS)
-        run = partial(K.sampling.sample_euler, self.wrapper, x, sigmas, extra_args=extra_args, disable=True)
-        return seconds(run, DEVICE) / RUN_STEPS
-
-    def peak(self, form: str) -> int:
-        self.set(form)
-        step = guided_step(self.wrapper, self.inputs)
-        step()
-        return peak_bytes(step, DEVICE)
-
-
-def measure(model: str, side: int, batch: int, budget: float, compile_: bool, checkout: Path | None) -> dict[str, Any]:
-    """Times and memory of every way to take the step, by name, and how near what they compute is."""
-    inputs, shape = make_inputs(model, side, batch), {"model": model, "side": side, "batch": batch}
-    bare = make_unet(model)  # what it is asked has no hooks
-    exact = computed_in_float32(bare, inputs)
-    wrappers = {mode: ksag.SAGDenoiser(as_denoiser(make_unet(model), scheduler()), cond_key=None) for mode in (EAGER, GRAPHED)}
-    if compile_:
-        wrappers |= {mode: compiled_wrapper(copy.deepcopy(bare)) for mode in (COMPILED, BOTH)}
-    first_calls = {EAGER: first_call(guided_step(wrappers[EAGER], inputs))}
-    for mode in (GRAPHED, BOTH) if compile_ else (GRAPHED,):
-        wrappers[mode].use_cuda_graphs()
-        first_calls[mode] = first_call(guided_step(wrappers[mode], inputs))
-    outputs = {mode: computed(wrapper, inputs) for mode, wrapper in wrappers.items()}
-
+def measure(model: str, side: int, batch: int, budget: float, checkout: Path | None) -> dict[str, Any]:
+    """Times and memory of every form of a step, by name."""
+    if model in TRANSFORMERS:
+        denoiser, inputs = make_transformer(model, side, batch)
+    else:
+        denoiser, inputs = as_denoiser(make_unet(model), scheduler()), make_inputs(model, side, batch)
     timers: dict[str, Callable[[], float]] = {}
-    in_a_run: dict[str, Callable[[], float]] = {}
     peaks: dict[str, int] = {}
-    for mode, wrapper in wrappers.items():
-        asked: Any = as_denoiser(bare, scheduler()) if mode in (EAGER, GRAPHED) else wrapper.inner_model
-        in_graphs = mode in (GRAPHED, BOTH)
-        for form, steps in bare_passes(asked, inputs).items():
-            step = (graphed if in_graphs else in_turn)(steps)
-            timers[key(form, mode)] = partial(seconds, step, DEVICE, IN_A_ROW if in_graphs else 1)
+    for mode in MODES:
+        for floor, passes in bare_passes(denoiser, inputs).items():
+            step = (graphed if mode == GRAPHED else in_turn)(passes)
             step()
-            if not in_graphs:  # whose memory was taken as they were captured
-                peaks[key(form, mode)] = peak_bytes(step, DEVICE)
-        guided = Guided(wrapper, inputs, mode)
-        for form in SETTINGS:
-            timers[key(form, mode)] = partial(guided.seconds, form)
-            if in_graphs:
-                wrapper.use_cuda_graphs()  # anew, now that all libraries are loaded
-                gc.collect()
-                guided.set(form)
-                peaks[key(form, mode)] = peak_bytes(guided_step(wrapper, inputs), DEVICE)
-            else:
+            if mode == EAGER:
+                peaks[key(floor, mode)] = peak_bytes(step, DEVICE)
+            timers[key(floor, mode)] = partial(seconds, step, DEVICE, 3 if mode == GRAPHED else 1)
+    for mode in MODES:
+        guided = Guided(denoiser, inputs, mode)
+        for form in FORMS:
+            if mode == EAGER:
                 peaks[key(form, mode)] = guided.peak(form)
-        if in_graphs and batch == 1 and side <= 128:
-            in_a_run |= {key(form, mode): partial(guided.seconds_in_a_run, form) for form in (CFG, *SETTINGS)}
-    if model == "SD 1.5":
-        timers[PIPELINE] = sag_pipeline(bare, inputs)
+            timers[key(form, mode)] = partial(guided.seconds, form)
+    if model == "SD 1.5" and batch == 1:
+        timers[PIPELINE] = sag_pipeline(make_unet(model), inputs)
         if checkout is not None:
             steps_there = comfyui.steps(checkout, side, batch, DEVICE, DTYPE)
             timers |= {name: partial(seconds, step, DEVICE) for name, step in steps_there.items()}
-    for timer in [*timers.values(), *in_a_run.values()] * 2:  # a wrapper's first step is checked, and therefore eager
+    for timer in [*timers.values()] * 2:  # first calls are checked, captured, or load libraries
         timer()
-    return {
-        **shape, "peaks": peaks, "first_calls": first_calls, "tokens": exact.masked.numel(),
-        "from_float32": {mode: differences(output, exact) for mode, output in outputs.items()},
-        "from_eager": {mode: differences(output, outputs[EAGER]) for mode, output in outputs.items()},
-        "times": rounds(timers, budget, case(shape)),
-        "times_in_a_run": rounds(in_a_run, budget / 2, f"{case(shape)}, in a run") if in_a_run else {},
-    }  # fmt: skip
+    return {"model": model, "side": side, "batch": batch, "peaks": peaks, "times": rounds(timers, budget, model)}
 
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Keeps this thread, which launches all kernels, on one core: to move costs it more than what is measured here."""
+    """Keeps this thread, which launches all kernels, on one core: moving costs more than what is measured here."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     try:
@@ -330,7 +279,7 @@ def one_core() -> Iterator[None]:
 
 
 def rounds(timers: dict[str, Callable[[], float]], budget: float, name: str) -> dict[str, list[float]]:
-    """Times in rounds, each in an order of its own, until `budget` seconds are over: two at least, for quartiles."""
+    """Times in rounds, each in its own random order, until `budget` seconds are over: at least two, for quartiles."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
     ends = time.perf_counter() + budget
@@ -343,27 +292,10 @@ def rounds(timers: dict[str, Callable[[], float]], budget: float, name: str) -> 
     return times
 
 
-def memory(model: str, side: int) -> dict[str, Any]:
-    """Peak memory of an eager step at batch 1."""
-    inputs = make_inputs(model, side, 1)
-    guided = ksag.SAGDenoiser(as_denoiser(make_unet(model), scheduler()), cond_key=None)
-    steps = {CFG: guided_step(guided, inputs, sag_scale=0.0), SAG: guided_step(guided, inputs)}
-    for step in steps.values():
-        step()
-    return {"model": model, "side": side, **{name: peak_bytes(step, DEVICE) for name, step in steps.items()}}
-
-
-def ratio(times: dict[str, list[float]], name: str, over: str) -> str:
-    if name not in times or over not in times:
-        return ""
-    if name == over:
-        return "1"
+def quartiles(times: dict[str, list[float]], name: str, over: str) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile of the rounds' ratios."""
     low, middle, high = statistics.quantiles((a / b for a, b in zip(times[name], times[over], strict=True)), n=4)
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-
-def mib(peaks: dict[str, int], name: str) -> str:
-    return f"{peaks[name] / 2**20:.0f} MiB" if name in peaks else ""
+    return low, middle, high
 
 
 def case(result: dict[str, Any]) -> str:
@@ -375,128 +307,59 @@ def table(*rows: list[str]) -> str:
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
 
-def steps_table(results: list[dict[str, Any]]) -> str:
-    rows = [["", "one step", "over its floor (quartiles)", "over plain CFG in the same mode", "peak memory"]]
-    for result in results:
-        times, peaks = result["times"], result["peaks"]
-        rows.append([f"**{case(result)}**, {len(times[key(CFG, EAGER)])} rounds", "", "", "", ""])
-        for mode in MODES:
-            for form in FORMS:
-                name, plain = key(form, mode), key(CFG, mode)
-                if name in times:
-                    middle = f"{statistics.median(times[name]) * 1e3:.1f} ms"
-                    over_floor = ratio(times, name, key(FLOORS[form], mode)) if form in FLOORS else ""
-                    rows.append([name, middle, over_floor, ratio(times, name, plain), mib(peaks, name)])
-        if PIPELINE in times:
-            middle = f"{statistics.median(times[PIPELINE]) * 1e3:.1f} ms"
-            rows.append([PIPELINE, middle, ratio(times, PIPELINE, key(FLOOR, EAGER)), ratio(times, PIPELINE, key(CFG, EAGER)), ""])
-        for name in (comfyui.CFG, comfyui.SAG):
-            if name in times:
-                rows.append([name, f"{statistics.median(times[name]) * 1e3:.1f} ms", "", ratio(times, name, comfyui.CFG), ""])
+def times_table(result: dict[str, Any], mode: str) -> str:
+    """One case and one mode: ratios over plain guidance and over the floor."""
+    times, peaks = result["times"], result["peaks"]
+    rows = [[f"{case(result)}, {mode}", "one step", "over plain", "over its floor", "memory over its floor"]]
+    for form in FORMS:
+        name, floor = key(form, mode), key(FLOORS[form], mode) if form in FLOORS else ""
+        over_floor = "{1:.3f} ({0:.3f} to {2:.3f})".format(*quartiles(times, name, floor)) if floor else ""
+        memory = f"{peaks[name] / peaks[floor]:.3f}" if floor and name in peaks else ""
+        over_plain = f"{quartiles(times, name, key(CFG, mode))[1]:.2f}"
+        rows.append([form, f"{statistics.median(times[name]) * 1e3:.1f} ms", over_plain, over_floor, memory])
+    for name in (PIPELINE, comfyui.CFG, comfyui.SAG):
+        if name in times and mode == EAGER:
+            over_plain = f"{quartiles(times, name, key(CFG, mode))[1]:.2f}"
+            rows.append([name, f"{statistics.median(times[name]) * 1e3:.1f} ms", over_plain, "", ""])
     return table(*rows)
-
-
-def runs_table(results: list[dict[str, Any]]) -> str:
-    results = [r for r in results if r.get("times_in_a_run")]
-    if not results:
-        return ""
-    rows = [[f"a step in `sample_euler`, {RUN_STEPS} steps: over plain CFG", *map(case, results)]]
-    for mode in MODES:
-        for form in SETTINGS:
-            ratios = [ratio(r["times_in_a_run"], key(form, mode), key(CFG, mode)) for r in results]
-            if any(ratios):
-                rows.append([key(form, mode), *ratios])
-    return table(*rows)
-
-
-def pipeline_table(results: list[dict[str, Any]]) -> str:
-    results = [r for r in results if PIPELINE in r["times"]]
-    rows = [[f"{PIPELINE} over", *map(case, results)]]
-    for mode in MODES:
-        for form in SETTINGS:
-            ratios = [ratio(r["times"], PIPELINE, key(form, mode)) for r in results]
-            if any(ratios):
-                rows.append([key(form, mode), *ratios])
-    return table(*rows)
-
-
-def first_calls_table(results: list[dict[str, Any]]) -> str:
-    head = ["first call", EAGER, GRAPHED]
-    return table(head, *([case(r), *(f"{r['first_calls'][mode]:.1f} s" for mode in (EAGER, GRAPHED))] for r in results))
-
-
-def differences_table(results: list[dict[str, Any]]) -> str:
-    """u is one prediction; the images are at cond_scale 7.5, or 1."""
-    rows = [["relative difference", "u", "image, cond_scale 1", "image, cond_scale 7.5", "tokens that changed sides"]]
-    for result in results:
-        rows.append([f"**{case(result)}**", "", "", "", ""])
-        for origin, modes in (("from_float32", (EAGER, COMPILED)), ("from_eager", (GRAPHED, COMPILED, BOTH))):
-            for mode in modes:
-                if mode in result[origin]:
-                    d = result[origin][mode]
-                    errors = (f"{d[name]:.1e}" if d[name] else "0" for name in ("u", "unscaled", "image"))
-                    label = f"{mode} {origin.replace('_', ' ')}"
-                    rows.append([label, *errors, f"{d['tokens']} of {result['tokens']}"])
-    return table(*rows)
-
-
-def memory_table(memories: list[dict[str, Any]]) -> str:
-    head = ["peak memory, batch 1, eager", "plain CFG", "a step guided by ksag", "ratio"]
-    return table(head, *(
-        [f"{m['model']}, {m['side']} × {m['side']}", mib(m, CFG), mib(m, SAG), f"{m[SAG] / m[CFG]:.3f}"] for m in memories
-    ))  # fmt: skip
 
 
 def report(run: dict[str, Any]) -> str:
     """gpu.md, from what gpu.json holds."""
-    steps, machine = run["steps"], f"{run['gpu']}, torch {run['torch']}, float16, channels last."
-    tables = [steps_table(steps), runs_table(steps), pipeline_table(steps), first_calls_table(steps), differences_table(steps)]
-    tables.append(memory_table(run["memory"]))
-    return "\n\n".join(filter(None, [machine, *tables])) + "\n"
+    machine = f"{run['gpu']}, torch {run['torch']}; UNets in float16, channels last; transformers in bfloat16."
+    tables = [times_table(result, mode) for result in run["cases"] for mode in MODES]
+    return "\n\n".join([machine, *tables]) + "\n"
 
 
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("."), show_default=True, help="Where gpu.md and gpu.json go.")
-@click.option("--model", "models", multiple=True, type=click.Choice(list(UNETS)), default=list(UNETS), show_default=True)
-@click.option("--seconds", "budget", default=60.0, show_default=True, help="How long to take rounds of each shape.")
-@click.option("--compile/--no-compile", "compile_", default=True, show_default=True)
+@click.option("--model", "models", multiple=True, default=[*UNETS, *TRANSFORMERS], show_default=True)
+@click.option("--seconds", "budget", default=40.0, show_default=True, help="How long to take rounds of each case.")
 @click.option("--comfyui", "checkout", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None,
               help="A checkout of ComfyUI, whose node is then timed too.")  # fmt: skip
 @torch.no_grad()
-def main(out: Path, models: tuple[str, ...], budget: float, compile_: bool, checkout: Path | None) -> None:
+def main(out: Path, models: tuple[str, ...], budget: float, checkout: Path | None) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("This measures a CUDA GPU, and there is none here. benchmarks/overhead.py runs on a CPU.")
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.backends.cudnn.allow_tf32 = False
-    torch._dynamo.config.cache_size_limit = 64  # one code object serves all shapes, forms and wrappers
     gc.disable()  # as timeit does; each case ends with a collection
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    run: dict[str, Any] = {**machine, "steps": [], "memory": []}
+    run: dict[str, Any] = {**machine, "cases": []}
     out.mkdir(parents=True, exist_ok=True)
     if (out / "gpu.json").exists():
         run = json.loads((out / "gpu.json").read_text())
         if any(run[name] != value for name, value in machine.items()):
             raise click.ClickException(f"{out / 'gpu.json'} is of {run['gpu']} and torch {run['torch']}: choose another --out.")
-    there = {case(result) for result in run["steps"]}
-
-    def write() -> None:
-        """After every case, so that a run that is cut short leaves what it measured."""
-        run["steps"].sort(key=lambda result: TIMED.index((result["model"], result["side"], result["batch"])))
+    there = {case(result) for result in run["cases"]}
+    for shape in CASES:
+        if shape[0] not in models or case(dict(zip(("model", "side", "batch"), shape, strict=True))) in there:
+            continue
+        run["cases"].append(measure(*shape, budget, checkout))
+        (out / "gpu.json").write_text(json.dumps(run, indent=1) + "\n")  # after each case: a run may be cut short
         (out / "gpu.md").write_text(report(run))
-        (out / "gpu.json").write_text(json.dumps(run, indent=1) + "\n")
-        torch._dynamo.reset()  # or the shapes together pass its limit of recompilations
         gc.collect()
         torch.cuda.empty_cache()
-
-    for model in models:
-        if model in {result["model"] for result in run["memory"]}:
-            continue
-        run["memory"] += [memory(model, side) for side in tqdm(SIDES, desc=f"memory, {model}")]
-        write()
-    for shape in TIMED:
-        if shape[0] in models and case(dict(zip(("model", "side", "batch"), shape, strict=True))) not in there:
-            run["steps"].append(measure(*shape, budget, compile_ and shape in COMPILED_TOO, checkout))
-            write()
     click.echo(f"\n{(out / 'gpu.md').read_text()}")
 
 

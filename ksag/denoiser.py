@@ -80,7 +80,6 @@ class GuidedDenoiser(nn.Module):
         self._set_hooks()
 
     def _set_hooks(self) -> None:
-        """Sets the hooks, and begins with nothing kept."""
         self._hooks = Hooks(self.inner_model, self.directions, self.check_attention)
         self._passes = Passes(self._hooks.all)
         self._runs: PerThread[RunState] | Fixed[RunState] = PerThread(functools.partial(RunState, len(self.directions)))
@@ -126,8 +125,7 @@ class GuidedDenoiser(nn.Module):
             # 1. The predictions u and g, and those that the directions ask for in advance, in one batch
             parts = [Part(x, base)] if uncond is None else [Part(x, base), Part(x, cond)]
             asked = [plan.ask() for plan in plans]
-            reads = [tap for plan in plans for tap in plan.reads]
-            predictions, saliency = self._ask([*parts, *chain(*asked)], sigma, kwargs, reads)
+            predictions, saliency = self._ask([*parts, *chain(*asked)], sigma, kwargs, plans)
             u, g, answers = predictions[0], predictions[len(parts) - 1], predictions[len(parts) :]
 
             # 2. Classifier-free guidance
@@ -139,9 +137,8 @@ class GuidedDenoiser(nn.Module):
             # 3. Each direction, from these predictions; some ask the model once more
             directions = []
             for plan, asks in zip(plans, asked, strict=True):
-                directions.append(plan.compute(u, g, saliency, answers[: len(asks)]))
+                directions.append(plan.compute(u, g, saliency, answers[: len(asks)], self._traces.get()))
                 answers = answers[len(asks) :]
-                self._trace(plan, directions[-1])
 
             # 4. Their weighted sum
             for plan, direction in zip(plans, directions, strict=True):
@@ -158,21 +155,21 @@ class GuidedDenoiser(nn.Module):
         kwargs = {name: value for name, value in given.items() if name not in words}
         given = {name: value for name, value in given.items() if name in words and value is not None}
         call = functools.partial(Call, x, sigma, cond, base, lambda x: self._ask([Part(x, base)], sigma, kwargs)[0][0])
-        plans = []
-        for direction, track, taps in zip(self.directions, run.tracks, self._hooks.of, strict=True):
-            if (plan := make_plan(direction, track, taps, call, given)) is not None:
-                plans.append(plan)
+        of_directions = zip(self.directions, run.tracks, self._hooks.of, strict=True)
+        plans = [plan for of_one in of_directions if (plan := make_plan(*of_one, call, given)) is not None]
         if plans and self._hooks.closed:
             raise RuntimeError(f"This {type(self).__name__} was closed, so its hooks are gone. Make a new one.")
         return plans, kwargs
 
     def _ask(
-        self, parts: list[Part], sigma: Tensor, kwargs: dict[str, Any], reads: Sequence[AttentionTap] = ()
+        self, parts: list[Part], sigma: Tensor, kwargs: dict[str, Any], plans: Sequence[Plan] = ()
     ) -> tuple[list[Tensor], Found]:
-        """The predictions for the parts, and the saliency that the taps find in the first."""
+        """The predictions for the parts, and the saliency that the plans need of the first."""
+        reads = list(dict.fromkeys(tap for plan in plans for tap in plan.reads))
+        keep = len(plans) > 1  # one of them may ask the model again, which may overwrite what the others need
         return self._passes(
             self.inner_model, parts, sigma, kwargs,
-            cond_key=self.cond_key, batched=self.batch_cond, shared=self.shared_kwargs, reads=list(dict.fromkeys(reads)),
+            cond_key=self.cond_key, batched=self.batch_cond, shared=self.shared_kwargs, reads=reads, keep=keep,
         )  # fmt: skip
 
     # Runs
@@ -214,25 +211,18 @@ class GuidedDenoiser(nn.Module):
         finally:
             self._traces.set(before)
 
-    def _trace(self, plan: Plan, direction: Tensor) -> None:
-        if plan.computes and (traces := self._traces.get()):
-            for steps in traces:
-                steps.append(plan.step(direction))
-
     # CUDA graphs, and the end
 
     def use_cuda_graphs(self, limit: int = 8) -> "GuidedDenoiser":
         """From now on, replays the model's passes as CUDA graphs, so that kernel launches no longer limit a step. Returns self.
 
-        The first call with new shapes, dtypes or keywords captures its passes, in about a second; later calls replay them, under any
-        sampler. Scales may change freely, conditionings are copied in when they change, and weights may change in place; after
-        any other change to the model (a LoRA, another attention processor), call this again. A call with gradients enabled, or
-        on the CPU, runs without graphs. Each thread captures for itself. `close()` frees the graphs and their memory.
+        The first call with new shapes, dtypes or keywords captures its passes, in about a second; later calls replay them. Scales,
+        conditionings and the values of weights may change; after any other change to the model (a LoRA, another attention
+        processor), call this again. A call with gradients, or on the CPU, runs without graphs. Each thread captures for itself.
 
         Args:
-            limit: graphs kept for each thread. Exact SAG takes two in a step, everything else shares one; one or two more if a
-                `sigma_range`, `every` or a scale of 0 leaves a direction out of some steps. The least recently used beyond that
-                are dropped, with a warning.
+            limit: graphs kept for each thread; a warning says if more were needed. A step takes one, with exact SAG two; steps that
+                leave a direction out take more. `close()` frees all.
 
         Raises:
             ValueError: a limit below 2.
@@ -247,7 +237,7 @@ class GuidedDenoiser(nn.Module):
         return self
 
     def close(self) -> None:
-        """Removes every hook from `inner_model`. With every scale at 0, the wrapper still does plain classifier-free guidance."""
+        """Removes every hook from `inner_model`. At scale 0 the wrapper still does plain classifier-free guidance."""
         self._hooks.close()
         self._passes.graphs = None
 
@@ -264,7 +254,6 @@ class GuidedDenoiser(nn.Module):
     # Copies, and how it shows
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: all but the hooks and what is kept from call to call."""
         state = {name: value for name, value in vars(self).items() if name not in OWN}
         directions = tuple(copy.copy(direction) for direction in self.directions)
         return state | {"directions": directions, "_modules": dict(state["_modules"]), "_closed": self._hooks.closed}
@@ -284,8 +273,7 @@ class GuidedDenoiser(nn.Module):
         return f"{type(self).__name__}({type(self.inner_model).__name__}, {settings}; attention {self._hooks.status})"
 
     def _repr_html_(self) -> str:
-        rows = [["inner_model", type(self.inner_model).__name__]]
-        rows += [[name, value if isinstance(value, str) else shown(value)] for name, value in self._settings().items()]
+        rows = [["inner_model", type(self.inner_model).__name__], *([name, shown(v)] for name, v in self._settings().items())]
         return table.as_html([[type(self).__name__, f"attention {self._hooks.status}"], *rows])
 
 
@@ -300,8 +288,6 @@ class SAGDenoiser(GuidedDenoiser):
         K.sampling.sample_euler(guided, x, sigmas, extra_args={"cond": c, "uncond": uc, "cond_scale": 7.5})
 
     The settings of SAG are attributes of the wrapper, and may be assigned later, except `attention`.
-
-    Hong et al., "Improving Sample Quality of Diffusion Models Using Self-Attention Guidance", ICCV 2023, arXiv:2210.00939.
 
     Args:
         inner_model, cfg_rule, cond_key, batch_cond, shared_kwargs, check_attention: see `GuidedDenoiser`.
@@ -329,7 +315,6 @@ class SAGDenoiser(GuidedDenoiser):
 
     @property
     def tap(self) -> AttentionTap:
-        """The hooks on the layer."""
         return self._hooks.attention[0]
 
     def _settings(self) -> dict[str, Any]:

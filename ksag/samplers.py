@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksag.denoiser import SAGDenoiser
+from ksag.denoiser import GuidedDenoiser
 
 SAMPLERS = (
     "euler", "euler_ancestral", "heun", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive",
@@ -52,19 +52,20 @@ def sample(
 
     Args:
         sampler: one of `SAMPLERS`, that is `K.sampling.sample_{sampler}`.
-        model: a denoiser, guided or not.
-        shape: (c, h, w) of a sample.
+        model: a denoiser, guided or not. Of a `ksag.GuidedDenoiser` its `run()` is sampled, so that other runs of it may go on
+            at the same time.
+        shape: (c, *spatial) of a sample.
         sigmas: (steps + 1,) noise levels, at least 2 steps, from the highest to 0, on the model's device. `dpm_fast` makes as
-            many model calls as there are steps, and `dpm_adaptive` takes only the highest and the lowest but 0 of them. Both
-            stop there, and the model is asked once more for the last step, to 0, as the others take it.
+            many model calls as there are steps, and `dpm_adaptive` uses only the highest and the lowest above 0. Both stop at the
+            latter; one more model call takes the last step to 0, as in the other samplers.
         seeds: one for each sample.
         extra_args: passed to the model at every call.
         callback: k-diffusion's, called at every step with a dict of `x`, `denoised`, `sigma`, `i` and more.
-        start: (1 or len(seeds), c, h, w), what the first noise is added to, on the model's device; zeros by default. For a picture
-            from a picture, give its latent here, and only the last of the sigmas.
+        start: (1 or len(seeds), c, *spatial), the latent that the first noise is added to, on the model's device; zeros by
+            default. For image to image, pass the picture's latent here, and only the last sigmas.
 
     Returns:
-        (len(seeds), c, h, w), on the device and of the dtype of `sigmas`.
+        (len(seeds), c, *spatial), on the device and of the dtype of `sigmas`.
 
     Raises:
         AttributeError: k-diffusion has no such sampler.
@@ -82,9 +83,11 @@ def sample(
 
     function = getattr(K.sampling, f"sample_{sampler}")
     parameters = inspect.signature(function).parameters
+    if isinstance(model, GuidedDenoiser):
+        model = model.run()
     for module in model.modules():
-        if isinstance(module, SAGDenoiser):
-            module.reset()  # a run before may have been given up
+        if isinstance(module, GuidedDenoiser):
+            module.reset()  # an earlier run may have been given up
     rngs = generators(seeds)
     x = randn(shape, rngs, sigmas.device) * sigmas[0]
     if start is not None:

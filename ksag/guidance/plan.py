@@ -11,7 +11,7 @@ from torch import Tensor
 from ksag.attention.tap import AttentionTap
 from ksag.guidance.direction import Ask, Call, Direction
 from ksag.guidance.runs import Track, only, per_sample
-from ksag.guidance.trace import TraceStep, on_cpu
+from ksag.guidance.trace import Trace, TraceStep, on_cpu
 from ksag.model import checks
 from ksag.model.module_edit import ModuleTap
 from ksag.model.passes import Found, Part
@@ -62,8 +62,15 @@ class Plan:
         edits += [(tap, ask.output) for tap in modules if ask.output is not None]
         return Part(ask.x, ask.cond, tuple(edits))
 
-    def compute(self, u: Tensor, g: Tensor, saliency: Found, answers: Sequence[Tensor]) -> Tensor:
+    def compute(self, u: Tensor, g: Tensor, saliency: Found, answers: Sequence[Tensor], traces: Sequence[Trace]) -> Tensor:
         """The direction, (b, c, *spatial), from the predictions: computed now, or by an earlier call."""
+        direction = self._compute(u, g, saliency, answers)
+        if self.computes:
+            for steps in traces:
+                steps.append(self._step(direction))
+        return direction
+
+    def _compute(self, u: Tensor, g: Tensor, saliency: Found, answers: Sequence[Tensor]) -> Tensor:
         self.call.u, self.call.g = u, g
         self.call.saliency = saliency.get(self.reads[0]) if self.reads else None
         value = None
@@ -82,7 +89,7 @@ class Plan:
         self.track.direction.keep(self.call.sigma, value)
         return value
 
-    def step(self, direction: Tensor) -> TraceStep:
+    def _step(self, direction: Tensor) -> TraceStep:
         """What a trace keeps of it."""
         call = self.call
         parts = {name: on_cpu(part) for name, part in call.parts.items()}
@@ -129,4 +136,4 @@ def _warn(direction: Direction, taps: Taps, x: Tensor) -> None:
     if message is None and any(tap.layer.training for tap in taps[0]):
         message = "inner_model is in train mode, so that its dropout, if it has any, is active: call inner_model.eval()."
     if message and not torch.compiler.is_dynamo_compiling():
-        warnings.warn(message, stacklevel=8)  # at the call of the wrapper
+        warnings.warn(message, stacklevel=7)  # at the call of the wrapper

@@ -121,6 +121,7 @@ class Passes:
         batched: bool = True,
         shared: Sequence[str] = (),
         reads: Sequence[Tap] = (),
+        keep: bool = False,
     ) -> tuple[list[Tensor], Found]:
         """The predictions, in order, and the saliency that each of `reads` found in the first.
 
@@ -133,6 +134,7 @@ class Passes:
             batched: False asks for one part after the other.
             shared: names of `kwargs` that all samples share.
             reads: the taps that read the first part.
+            keep: whether the predictions have to outlive the next call, which may overwrite them.
         """
         predictions: dict[int, Tensor] = {}
         found: Found = {}
@@ -140,7 +142,7 @@ class Passes:
             latents, conds, edits = zip(*(parts[i] for i in group), strict=True)
             model_pass = Pass(inner_model, cond_key, shared, edits, reads if 0 in group else ())
             denoised, maps = self._ask(model_pass, sigma, latents, conds, kwargs)
-            if self.graphs is not None or len(group) < len(parts):  # the next pass overwrites them
+            if keep or self.graphs is not None or len(group) < len(parts):  # the next pass may overwrite them
                 denoised, maps = [t.clone() for t in denoised], [t.clone() for t in maps]
             found.update(zip(model_pass.reads, maps, strict=True))
             predictions.update(zip(group, denoised, strict=True))
