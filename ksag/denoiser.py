@@ -247,7 +247,6 @@ class GuidedDenoiser(nn.Module):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    # what k-diffusion's users ask of a denoiser
     sigmas, get_sigmas, sigma_min, sigma_max = map(of_inner_model, ("sigmas", "get_sigmas", "sigma_min", "sigma_max"))
     sigma_data, sigma_to_t, t_to_sigma = map(of_inner_model, ("sigma_data", "sigma_to_t", "t_to_sigma"))
 
@@ -260,7 +259,7 @@ class GuidedDenoiser(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         closed = state.pop("_closed")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._set_hooks()
         if closed:
             self._hooks.close()

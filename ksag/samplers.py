@@ -101,9 +101,9 @@ def sample(
     elif "noise_sampler" in parameters:
         options["noise_sampler"] = lambda sigma, sigma_next: randn(shape, rngs, x.device)
     if "sigmas" in parameters:
-        return function(model, x, sigmas, **options)
+        return function(model, x, sigmas, **options)  # type: ignore[no-any-return]
     if "n" in parameters:
         options["n"] = len(sigmas) - 2
     x = function(model, x, float(sigmas[-2]), float(sigmas[0]), **options)
     with torch.no_grad():
-        return model(x, sigmas[-2].expand(len(x)), **(extra_args or {}))
+        return model(x, sigmas[-2].expand(len(x)), **(extra_args or {}))  # type: ignore[no-any-return]

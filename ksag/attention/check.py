@@ -82,7 +82,8 @@ def tolerance(read: Attention, applied: torch.dtype, computes_in: torch.dtype | 
         eps = max(eps, 2**-10)
     # No logit is larger than the longest query times the longest key, and it is rounded by at most half an eps of itself
     longest_q, longest_k = (x.float().norm(dim=-1).amax(dim=(1, 2)) for x in (read.q, read.k))
-    return FLOAT32_SUMS + eps * (8 + 0.5 * abs(read.scale) * longest_q * longest_k)
+    logits: Tensor = 0.5 * abs(read.scale) * longest_q * longest_k
+    return FLOAT32_SUMS + eps * (8 + logits)
 
 
 class Pending:

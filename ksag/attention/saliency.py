@@ -42,9 +42,9 @@ def _softmax(q: Tensor, k: Tensor, mask: Tensor | None, shape: tuple[int, int]) 
     with torch.autocast(q.device.type, enabled=False):
         logits = torch.bmm(q, k).unflatten(0, shape)
         if mask is None:
-            return logits.softmax(dim=-1)
+            return torch.softmax(logits, dim=-1)
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        return logits.softmax(dim=-1).nan_to_num(0.0)  # of a query that attends to nothing
+        return torch.softmax(logits, dim=-1).nan_to_num(0.0)  # of a query that attends to nothing
 
 
 def saliency(q: Tensor, k: Tensor, scale: float, image: slice | None = None, mask: Tensor | None = None) -> Tensor:

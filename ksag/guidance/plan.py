@@ -58,7 +58,7 @@ class Plan:
 
     def _part(self, ask: Ask) -> Part:
         attention, modules = self.taps
-        edits = [(tap, ask.attention) for tap in attention if ask.attention is not None]
+        edits: list[tuple[Any, Any]] = [(tap, ask.attention) for tap in attention if ask.attention is not None]
         edits += [(tap, ask.output) for tap in modules if ask.output is not None]
         return Part(ask.x, ask.cond, tuple(edits))
 

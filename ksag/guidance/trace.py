@@ -31,7 +31,7 @@ class TraceStep:
     """What else the direction computed, by name."""
 
     def __getattr__(self, name: str) -> Tensor:
-        parts = self.__dict__.get("parts", {})
+        parts: Mapping[str, Tensor] = self.__dict__.get("parts", {})
         if name not in parts:
             raise AttributeError(f"a step of {self.__dict__.get('name')} has no {name!r}; it has {', '.join(parts)}.")
         return parts[name]

@@ -43,7 +43,7 @@ def transform(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return fn(tree, *others)
 
 
-def _mapping(like: Mapping, values: dict) -> Mapping:
+def _mapping(like: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
     if type(like) is dict:
         return values
     if not isinstance(like, MutableMapping):
@@ -54,7 +54,7 @@ def _mapping(like: Mapping, values: dict) -> Mapping:
     return new
 
 
-def _sequence(like: Sequence, values: list) -> Sequence:
+def _sequence(like: Sequence[Any], values: list[Any]) -> Sequence[Any]:
     if type(like) is list:
         return values
     return like._make(values) if hasattr(like, "_make") else type(like)(values)  # type: ignore[call-arg]

@@ -65,7 +65,7 @@ class _Lane:
 class _Captured:
     """One function at one signature: static inputs, the graph, and the outputs that every replay overwrites."""
 
-    def __init__(self, function: Callable, args: tuple, lane: _Lane):
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], lane: _Lane):
         self.lane = lane
         self.inputs: list[_Input] = []
 
@@ -131,7 +131,7 @@ class CUDAGraphs:
     def __len__(self) -> int:
         return len(self._kept.captured)
 
-    def __call__(self, function: Callable, *args: Any, key: Hashable = None) -> Any:
+    def __call__(self, function: Callable[..., Any], *args: Any, key: Hashable = None) -> Any:
         """`function(*args)`, the first of which is a tensor. Functions that have a key in common do the same."""
         if torch.is_grad_enabled() or not _on_cuda(args[0]):
             return function(*args)
@@ -152,7 +152,9 @@ class CUDAGraphs:
         kept.captured.move_to_end(key)
         return captured.replay([leaf for _, leaf in places if isinstance(leaf, Tensor)])
 
-    def _capture(self, function: Callable, args: tuple, stream: tuple, autocast: tuple[torch.dtype, bool]) -> _Captured:
+    def _capture(
+        self, function: Callable[..., Any], args: tuple[Any, ...], stream: tuple[Any, int], autocast: tuple[torch.dtype, bool]
+    ) -> _Captured:
         kept = self._kept
         if not kept.captured:
             kept.weights = [*self.model.parameters(), *self.model.buffers()]

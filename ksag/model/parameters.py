@@ -41,14 +41,15 @@ def number(name: str, value: Any) -> float:
         value = float(value)
     elif type(value) is int and abs(value) > sys.float_info.max:
         raise ValueError(f"{name} must be a number that a float can hold, got an int of {value.bit_length()} bits.")
-    return value
+    found: float = value
+    return found
 
 
 def finite(name: str, value: Any) -> float:
-    value = number(name, value)
-    if not -math.inf < value < math.inf:  # math.isfinite cannot be compiled for a value that varies
+    found = number(name, value)
+    if not -math.inf < found < math.inf:  # math.isfinite cannot be compiled for a value that varies
         raise ValueError(f"{name} must be a finite number, got {value}.")
-    return value
+    return found
 
 
 def scale(value: Any, name: str = "scale") -> float | Tensor:
@@ -70,17 +71,17 @@ def every(value: Any) -> int:
 
 
 def blur_sigma(value: Any) -> float:
-    value = finite("blur_sigma", value)
-    if value < 0:
+    found = finite("blur_sigma", value)
+    if found < 0:
         raise ValueError(f"blur_sigma is a standard deviation in latent pixels, 0 (no blur) or more, got {value}.")
-    return value
+    return found
 
 
 def seg_blur_sigma(value: Any) -> float:
-    value = number("blur_sigma", value)
-    if not value >= 0:
+    found = number("blur_sigma", value)
+    if not found >= 0:
         raise ValueError(f"blur_sigma is a standard deviation in tokens, 0 (no blur) or more, or inf for the mean, got {value}.")
-    return value
+    return found
 
 
 def mask_threshold(value: Any) -> float:
@@ -106,7 +107,7 @@ def sigma_range(value: Any) -> tuple[float, float]:
     return low, high
 
 
-def cfg_rule(value: Any) -> Callable:
+def cfg_rule(value: Any) -> Any:
     if not callable(value) or isinstance(value, type):
         raise ValueError(
             f"cfg_rule is a function of (u, g, cond_scale, x, sigma), such as ksag.cfg.plain or ksag.cfg.apg(), "

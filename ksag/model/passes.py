@@ -14,7 +14,8 @@ from ksag.model.graphs import CUDAGraphs
 class Tap(Protocol):
     """Hooks on a part of the model that can be told about a pass; see `ksag.attention.tap` and `ksag.model.module_edit`."""
 
-    to_check: bool
+    @property
+    def to_check(self) -> bool: ...
 
     def visit(self, read: int, edits: Sequence[tuple[int, int, Callable[..., Any]]], dims: int) -> Any: ...
 

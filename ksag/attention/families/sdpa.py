@@ -46,14 +46,14 @@ class WatchSDPA(TorchFunctionMode):
         self._entered = False
 
     def __enter__(self) -> "WatchSDPA":
-        self._entered = super().__enter__() is self
+        self._entered = super().__enter__() is self  # type: ignore[no-untyped-call]
         return self
 
     def close(self) -> None:
         """Leaves the mode if it is entered."""
         if self._entered:
             self._entered = False
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
