@@ -1,17 +1,15 @@
 """What does a guided step cost beyond the model's own passes?  `python benchmarks/overhead.py [--device cuda]`
 
-On the bundled model, side by side in one run: plain classifier-free guidance (one pass of batch 2B), exact SAG and its floor
-(the passes that it cannot avoid, one of 2B and one of B), one pass and its floor (one of 3B), and one pass at every third call
-(the mean of three). Ratios are medians over rounds in which each runs once.
+On the bundled model, side by side in one run: plain classifier-free guidance (one pass of batch 2B); exact SAG and its floor
+(the passes that it cannot avoid: 2B and B); SAG in one pass, PAG, and their floor (3B); both together and their floor (4B); and SAG
+at every third call (the mean of three). Ratios are medians over rounds in which each runs once.
 """
 
-import math
 import platform
 import statistics
 import subprocess
 import sys
 from functools import partial
-from typing import Any
 
 import click
 import torch
@@ -21,10 +19,8 @@ from tqdm import trange
 import ksag
 from ksag import zoo
 
-PLAIN, FLOOR, SAG, FLOOR_ONE, ONE, THIRD = (
-    "plain CFG: 2B", "floor: 2B + B", "ksag", "floor: 3B", "ksag, one_pass", "ksag, one_pass, every=3",
-)  # fmt: skip
-FLOORS = {SAG: FLOOR, ONE: FLOOR_ONE}
+PLAIN, EXACT, THIRD, ONE, PAG, BOTH = "plain CFG", "SAG", "SAG, every=3", "SAG, one_pass", "PAG", "SAG, one_pass + PAG"
+FLOORS = {EXACT: "floor: 2B + B", ONE: "floor: 3B", PAG: "floor: 3B", BOTH: "floor: 4B"}
 
 
 def import_seconds(module: str) -> float:
@@ -55,15 +51,17 @@ def main(device: str, batch_size: int, size: int, rounds: int, imports: bool) ->
         n = len(conds)
         return partial(denoiser, torch.cat([x] * n), torch.cat([sigma] * n), mapping_cond=torch.cat(conds))
 
-    def guided(**options: Any) -> Step:
-        settings = {**zoo.SETTINGS, "sigma_range": (0.0, math.inf), **options}
-        sag = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond", **settings)
-        return partial(sag, x, sigma, cond=cond, uncond=uncond, cond_scale=2.0)
+    def guided(*directions: ksag.Direction) -> Step:
+        wrapper = ksag.GuidedDenoiser(denoiser, directions, cond_key="mapping_cond")
+        return partial(wrapper, x, sigma, cond=cond, uncond=uncond, cond_scale=2.0)
 
-    two, one, three = bare(uncond, cond), bare(uncond), bare(uncond, cond, uncond)
+    sag = partial(ksag.SAG, attention=zoo.SETTINGS["attention"])
+    pag = partial(ksag.PAG, attention=["u_net.d_blocks.3.2", "u_net.d_blocks.3.4"])
+    one, two = bare(uncond), bare(uncond, cond)
     steps: dict[str, Step] = {
-        PLAIN: guided(sag_scale=0.0), FLOOR: lambda: (two(), one()), SAG: guided(), FLOOR_ONE: three,
-        ONE: guided(one_pass=True), THIRD: guided(one_pass=True, every=3),
+        PLAIN: guided(sag(0.0)), "floor: 2B + B": lambda: (two(), one()), EXACT: guided(sag()), THIRD: guided(sag(every=3)),
+        "floor: 3B": bare(uncond, cond, uncond), ONE: guided(sag(one_pass=True)), PAG: guided(pag()),
+        "floor: 4B": bare(uncond, cond, uncond, cond), BOTH: guided(sag(one_pass=True), pag()),
     }  # fmt: skip
     for step in steps.values():
         for _ in range(3):
