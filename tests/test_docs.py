@@ -240,7 +240,7 @@ MODULES = (
     "samplers", "zoo", "adapters.diffusers", "plot", "explore", "images", "evaluate", "evaluate.features",
     "attention.find", "attention.families", "attention.families.family", "attention.families.sdpa", "attention.recording",
     "attention.saliency", "attention.check", "attention.tap", "guidance.cfg", "guidance.blur", "guidance.runs", "guidance.sag",
-    "model.compiled", "model.conditioning", "model.keywords", "model.checksum",
+    "model.compiled", "model.conditioning", "model.keywords",
 )  # fmt: skip
 INSIDE = {"Settings", "Result", "Session", "Newest", "Kept", "has_modules"}  # what others are made of
 

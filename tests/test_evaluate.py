@@ -1,6 +1,10 @@
 """The measures are what independent computations give, and a folder is judged by what its pictures show."""
 
+import dataclasses
 import json
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,9 +15,8 @@ from PIL import Image
 from torch import nn
 
 from ksag import evaluate
-from ksag.commands.evaluate import evaluate as command
-from ksag.commands.evaluate import report
-from ksag.evaluate import features
+from ksag.commands.evaluate import command, report
+from ksag.evaluate import features, measures
 
 
 @pytest.fixture
@@ -37,9 +40,20 @@ def test_frechet_distance_is_that_of_scipys_square_root(two_sets):
     assert evaluate.frechet_distance(statistics(one), statistics(other)) == pytest.approx(expected, rel=1e-9)  # float64
 
 
-def test_frechet_distance_of_a_set_from_itself_is_nothing(two_sets):
-    one = statistics(two_sets[0])
-    assert abs(evaluate.frechet_distance(one, one)) < 1e-9
+@pytest.mark.parametrize("n", [4, 13, 300])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_frechet_distance_of_a_set_from_itself_is_0_and_not_below(two_sets, n, size):
+    """Also of fewer pictures than features, whose covariance is singular."""
+    one = statistics(two_sets[0][:n] * size)
+    assert 0 <= evaluate.frechet_distance(one, one) < 1e-12 * size**2
+
+
+def test_only_rounding_is_clamped():
+    """A matrix that is no covariance shows."""
+    one = evaluate.Statistics(
+        "some", 9, torch.zeros(2).double(), torch.diag(torch.tensor([1.0, -1e-6]).double()), torch.zeros(9, 2)
+    )
+    assert evaluate.frechet_distance(one, one) == pytest.approx(-2e-6)
 
 
 def test_frechet_distance_of_fewer_pictures_than_features():
@@ -51,7 +65,7 @@ def test_frechet_distance_of_fewer_pictures_than_features():
 
 
 def test_kernel_distance_is_the_sum_over_all_pairs(two_sets, monkeypatch):
-    monkeypatch.setattr(evaluate, "BLOCK", 128)  # so that there are several
+    monkeypatch.setattr(measures, "BLOCK", 128)  # so that there are several
     one, other = two_sets
 
     def kernel(a, b):
@@ -65,7 +79,7 @@ def test_kernel_distance_is_the_sum_over_all_pairs(two_sets, monkeypatch):
 
 
 def test_precision_and_recall_are_those_of_a_plain_loop(two_sets, monkeypatch):
-    monkeypatch.setattr(evaluate, "BLOCK", 128)
+    monkeypatch.setattr(measures, "BLOCK", 128)
     own, real = (x.numpy()[:150] for x in two_sets)
 
     def share(points, manifold):
@@ -214,7 +228,7 @@ def test_samples_are_rounded_as_pillow_stores_them():
 @pytest.fixture
 def judged(monkeypatch, extractor):
     """The command, judging by means."""
-    monkeypatch.setattr(features, "load", lambda *_: extractor)
+    monkeypatch.setattr(features, "load_extractor", lambda *_: extractor)
     return lambda *args: CliRunner().invoke(command, [str(arg) for arg in args])
 
 
@@ -225,7 +239,7 @@ def test_the_command_judges_folders_side_by_side(tmp_path, judged):
     assert first.exit_code == 0, first.output
     found = json.loads(results.read_text())
     assert found["reference_pictures"] == 12 and [r["folder"] for r in found["folders"]] == [str(a), str(b)]
-    extractor = features.load("means")
+    extractor = features.load_extractor("means")
     one, real = (evaluate.statistics(evaluate.folder_features(folder, extractor), "means") for folder in (a, reference))
     assert found["folders"][0]["fd"] == pytest.approx(evaluate.frechet_distance(one, real))
     assert f"{found['folders'][1]['fd'] / found['folders'][0]['fd']:.3f}" in first.output
@@ -248,12 +262,88 @@ def test_other_features_need_a_reference(tmp_path, judged):
     assert result.exit_code == 2 and "--reference is missing" in result.output
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (255, 0, 0, 0)), ("LA", (9, 9)), ("I;16", 30000), ("F", 0.5)])
-def test_pictures_that_are_not_8_bit_rgb_are_refused(tmp_path, extractor, mode, colour):
-    name = "odd.tiff" if mode == "F" else "odd.png"
+@pytest.mark.parametrize(
+    ("name", "mode", "colour", "message"),
+    [
+        ("odd.png", "RGBA", (255, 0, 0, 0), "is transparent: save it as RGB, on the background"),
+        ("odd.png", "LA", (9, 9), "is transparent"),
+        ("odd.png", "I;16", 30000, "has more than 8 bits a channel: save it as 8-bit RGB"),
+        ("odd.tiff", "F", 0.5, "has more than 8 bits a channel"),
+    ],
+)
+def test_pictures_that_are_not_8_bit_rgb_are_refused(tmp_path, name, mode, colour, message):
     Image.new(mode, (8, 8), colour).save(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{name} is transparent, or has more than 8 bits .* save it as 8-bit RGB"):
+    with pytest.raises(ValueError, match=f"{name} {message}"):
         evaluate.load_picture(tmp_path / name)
+
+
+def save_png(path, width, height, depth=8, rows=8):
+    """An RGB PNG of any depth and any size, of which a few rows are there."""
+    data = zlib.compress((b"\0" + bytes(width * 3 * depth // 8)) * rows)
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+    return path
+
+
+def test_a_picture_of_16_bits_is_refused_although_pillow_opens_it_as_8(tmp_path):
+    save_png(tmp_path / "eight.png", 8, 8)
+    assert evaluate.load_picture(tmp_path / "eight.png").shape == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"sixteen\.png has more than 8 bits a channel"):
+        evaluate.load_picture(save_png(tmp_path / "sixteen.png", 8, 8, depth=16))
+
+
+def test_the_size_is_checked_before_the_picture_is_decoded(tmp_path, extractor, monkeypatch):
+    folder = make_folder(tmp_path / "a", 3)
+    save_png(folder / "large.png", 13_000, 11_000)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match=r"large\.png has 13000 × 11000 pixels; these features need 8 × 8"):
+        evaluate.load_picture(folder / "large.png", (8, 8))
+    monkeypatch.undo()
+    sized = dataclasses.replace(extractor, size=(8, 8))
+    with pytest.raises(ValueError, match=r"large\.png has 13000 × 11000 pixels"):
+        evaluate.folder_features(folder, sized)
+
+
+def test_a_picture_that_pillow_finds_too_large_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"huge\.png is too large: Image size \(400000000 pixels\)"):
+        evaluate.load_picture(save_png(tmp_path / "huge.png", 20_000, 20_000))
+
+
+def test_hidden_folders_and_files_do_not_count(tmp_path):
+    folder = make_folder(tmp_path / "a", 2)
+    make_folder(folder / "more", 1)
+    make_folder(folder / ".thumbs", 3)
+    make_folder(folder / "more/.cache", 1)
+    (folder / "0.png").rename(folder / ".0.png")
+    assert sorted(str(path.relative_to(folder)) for path in evaluate.pictures_in(folder)) == ["1.png", "more/0.png"]
+    hidden = make_folder(tmp_path / ".b", 2)  # named by the user
+    assert len(evaluate.pictures_in(hidden)) == 2
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "broken link"])
+def test_what_is_no_regular_file_is_named_and_does_not_hang(tmp_path, kind):
+    folder = make_folder(tmp_path / "a", 2)
+    if kind == "FIFO":
+        os.mkfifo(folder / "odd.png")
+    else:
+        (folder / "odd.png").symlink_to("nowhere.png")
+    (folder / "link.png").symlink_to("0.png")
+    with pytest.raises(OSError, match=r"odd\.png is (a broken link|not a regular file)"):
+        evaluate.pictures_in(folder)
+    (folder / "odd.png").unlink()
+    assert len(evaluate.pictures_in(folder)) == 3
+
+
+def test_few_pictures_are_a_warning(tmp_path, judged, monkeypatch):
+    monkeypatch.setattr("ksag.commands.evaluate.FEW", 12)
+    few, enough = make_folder(tmp_path / "few", 11), make_folder(tmp_path / "enough", 12)
+    result = judged(enough, few, "--reference", enough, "--no-cache", "--device", "cpu")
+    assert f"Warning: {few} has 11. With fewer than 12 pictures, FD is too high" in result.output
+    assert "enough has" not in result.output and result.exit_code == 0
 
 
 def test_features_of_other_weights_have_another_name(tmp_path, monkeypatch):
@@ -261,20 +351,20 @@ def test_features_of_other_weights_have_another_name(tmp_path, monkeypatch):
     monkeypatch.setattr("torch_fidelity.utils.create_feature_extractor", lambda *_, **__: nn.Identity())
     for name in "ab":
         (tmp_path / name).write_text(name)
-    names = {features.load("inception", "cpu", weights).name for weights in (None, tmp_path / "a", tmp_path / "b")}
+    names = {features.load_extractor("inception", "cpu", weights).name for weights in (None, tmp_path / "a", tmp_path / "b")}
     assert len(names) == 3 and all("inception-v3-compat" in name for name in names)
 
 
 def test_statistics_of_other_features_are_refused_before_anything_is_computed(tmp_path, judged, two_sets):
     evaluate.statistics(two_sets[0], "others").save(tmp_path / "others.safetensors")
-    folder, calls = make_folder(tmp_path / "a", 4), features.load("means").network.calls
+    folder, calls = make_folder(tmp_path / "a", 4), features.load_extractor("means").network.calls
     result = judged(folder, "--reference", tmp_path / "others.safetensors", "--no-cache", "--device", "cpu")
     assert isinstance(result.exception, ValueError) and "holds features of others, and these are means" in str(result.exception)
-    assert features.load("means").network.calls == calls
+    assert features.load_extractor("means").network.calls == calls
 
 
 @pytest.mark.parametrize("option", ["--json", "--save-statistics"])
 def test_a_result_that_could_not_be_written_is_an_error_before_anything_is_computed(tmp_path, judged, option):
     result = judged(make_folder(tmp_path / "a", 4), "--reference", tmp_path / "a", option, tmp_path / "no" / "where")
     assert result.exit_code == 2 and "there is no folder" in result.output
-    assert features.load("means").network.calls == 0
+    assert features.load_extractor("means").network.calls == 0

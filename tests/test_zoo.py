@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import ksag
 from ksag import zoo
 from ksag.samplers import sample
+from ksag.zoo import files
 from tests.models import randomise
 
 ROOT = Path(__file__).parents[1]
@@ -57,15 +58,15 @@ def test_conditioning_is_one_hot_category_beside_one_hot_style():
         (
             (["Objects", "Food"],),
             ValueError,
-            r"'Food' is not one of .* categories: did you mean 'Food & Drink'\? It knows Smileys & Emo",
+            r"'Food' is not one of .* categories: Smileys & Emo.*Symbols; None is any",
         ),
         (
             (["Objects"], ["notto"]),
             ValueError,
-            r"'notto' is not one of .* styles: did you mean 'noto'\? It knows noto, noto-v1, .*None",
+            r"'notto' is not one of .* styles: noto, noto-v1, .*None",
         ),
         ((["Objects"], ["noto", None]), ValueError, "Give a category and a style for each sample, got 1 categories and 2 styles"),
-        (([6],), ValueError, "6 is not one of the bundled model's categories: It knows Smileys"),
+        (([6],), ValueError, "6 is not one of the bundled model's categories: Smileys"),
         (("Objects",), TypeError, "categories is a list with a name, or None for any, for each sample; got 'Objects'"),
         ((["Objects"] * 4, "noto"), TypeError, "styles is a list .* got 'noto'"),
         ((None,), TypeError, "categories is a list .* got None"),
@@ -74,6 +75,12 @@ def test_conditioning_is_one_hot_category_beside_one_hot_style():
 def test_conditioning_for_what_the_model_does_not_know(given, error, message):
     with pytest.raises(error, match=message):
         zoo.conditioning(*given)
+
+
+def test_one_hot_has_zeros_for_no_class_and_refuses_an_unknown_one():
+    assert torch.equal(zoo.one_hot([2, None, 0], 3), torch.tensor([[0.0, 0, 1], [0, 0, 0], [1, 0, 0]]))
+    with pytest.raises(RuntimeError, match="smaller than num_classes"):
+        zoo.one_hot([3], 3)
 
 
 def test_the_bundled_model_denoises_and_knows_its_categories_and_styles(bundled):
@@ -158,9 +165,9 @@ def test_the_bundled_file_is_as_save_writes_it(weights, bundled):
 def test_checksum_is_of_names_dtypes_shapes_bytes_and_metadata():
     tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(1.5, dtype=torch.float16)}
     metadata = {"config": "{}"}
-    expected = zoo.checksum(tensors, metadata)
-    assert expected == zoo.checksum(dict(reversed(tensors.items())), metadata | {"sha256": "?"})
-    assert expected == zoo.checksum(tensors | {"b": tensors["b"].T.contiguous().T}, metadata)
+    expected = files.checksum(tensors, metadata)
+    assert expected == files.checksum(dict(reversed(tensors.items())), metadata | {"sha256": "?"})
+    assert expected == files.checksum(tensors | {"b": tensors["b"].T.contiguous().T}, metadata)
     different = [
         (tensors | {"b": tensors["b"].reshape(3, 2)}, metadata),
         (tensors | {"b": tensors["b"].view(torch.int32)}, metadata),
@@ -169,7 +176,7 @@ def test_checksum_is_of_names_dtypes_shapes_bytes_and_metadata():
         (tensors, {"config": "[]"}),
         (tensors, metadata | {"training": ""}),
     ]
-    assert len({expected, *(zoo.checksum(*other) for other in different)}) == 1 + len(different)
+    assert len({expected, *(files.checksum(*other) for other in different)}) == 1 + len(different)
 
 
 def test_k_diffusions_own_file_has_no_checksum_and_loads(weights):
@@ -282,21 +289,21 @@ def test_a_file_whose_checksum_was_taken_out(weights):
 
 def test_truncated_weights(weights):
     weights.write_bytes(zoo.EMOJI.read_bytes()[:1_000_000])
-    with pytest.raises(ValueError, match=r"weights.safetensors is cut off, or no safetensors file"):
+    with pytest.raises(ValueError, match=r"weights.safetensors is cut off, or not a safetensors file"):
         zoo.load(weights)
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04 this is a zip, or a pickle, or a picture", b""])
 def test_foreign_file(weights, content):
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights.safetensors is cut off, or no safetensors file"):
+    with pytest.raises(ValueError, match=r"weights.safetensors is cut off, or not a safetensors file"):
         zoo.load(weights)
 
 
 def test_a_pickled_checkpoint(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": small_model().state_dict()}, path)
-    with pytest.raises(ValueError, match=r"model.ckpt is .* no safetensors file.*convert_for_inference.py"):
+    with pytest.raises(ValueError, match=r"model.ckpt is .* not a safetensors file.*convert_for_inference.py"):
         zoo.load(path)
 
 
@@ -318,9 +325,9 @@ def test_a_unet_of_diffusers(tmp_path):
 @pytest.mark.parametrize(
     ("config", "error"),
     [
-        ('{"model": ', "JSONDecodeError"),
+        ('{"model": ', "not a JSON object"),
         ("{}", "KeyError: 'model'"),
-        ("[]", "TypeError"),
+        ("[]", "not a JSON object"),
         ('{"model": {"type": "image_v1"}}', "KeyError: 'input_channels'"),
         ('{"model": {"type": "flux"}}', "unsupported model type flux"),
         (json.dumps(small_config() | {"model": small_config()["model"] | {"depths": "two"}}), "TypeError"),

@@ -1,29 +1,26 @@
-"""What pictures are judged by: networks that turn a picture into a vector of features.
+"""Networks that turn a picture into a vector of features.
 
-The bundled one is a small classifier of emoji, trained apart from the denoiser by `scripts/train_classifier.py`. It needs no
-download, and it knows emoji of 64 × 64 and nothing else. Inception and DINOv2 come from torch-fidelity, which is the extra
-`ksag[evaluate]`, and which downloads their weights or takes those that the user has.
+The bundled one is a small classifier of emoji of 64 × 64, trained independently of the denoiser by
+`scripts/train_classifier.py`. It needs no download. Inception and DINOv2 come from torch-fidelity (the extra `ksag[evaluate]`),
+which downloads their weights or loads a file of the user's.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ksag.model.checksum import checksum
+from ksag.zoo.files import read, write
 
 CLASSIFIER = Path(__file__).parents[1] / "zoo/classifier.safetensors"
 """The bundled classifier of emoji."""
 EXTRACTORS = {"emoji": "bundled", "inception": "inception-v3-compat", "dinov2": "dinov2-vit-b-14"}
-"""The names that `load` takes, and what torch-fidelity calls them."""
+"""The names that `load_extractor` takes, and those of torch-fidelity."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Extractor:
     """Pictures (n, 3, h, w), uint8, to their features (n, d), float32.
 
     Attributes:
-        name: which features these are; the checksum of the weights is part of it where it is known.
+        name: which features these are, with the checksum of the weights where it is known.
         network: maps such pictures to such features.
         size: (h, w) that the pictures must have, or None for any.
     """
@@ -47,19 +44,19 @@ class Extractor:
         if self.size is not None and tuple(pictures.shape[2:]) != self.size:
             (h, w), (wanted_h, wanted_w) = pictures.shape[2:], self.size
             raise ValueError(
-                f"The features {self.name} are of pictures of {wanted_w} × {wanted_h}, got {w} × {h}. Features that take any size: "
+                f"The features {self.name} need pictures of {wanted_w} × {wanted_h}, got {w} × {h}. Features that take any size: "
                 f"inception, dinov2."
             )
         return self.network(pictures).float()
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier of emoji by category and by style, whose last hidden layer is the features.
+    """A small convolutional classifier of emoji by category and by style. Its last hidden layer gives the features.
 
     Args:
-        widths: channels at 64², 32², 16² and 8², four numbers; the last is that of features.
-        categories: how many.
-        styles: how many.
+        widths: channels at 64², 32², 16² and 8²; the last is the number of features.
+        categories: their number.
+        styles: their number.
     """
 
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 256), categories: int = 8, styles: int = 7):
@@ -89,7 +86,7 @@ def convolution(before: int, after: int) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """What two convolutions add to their input, (n, width, h, w)."""
+    """Two convolutions, added to their input (n, width, h, w)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -109,7 +106,7 @@ def to_reals(pictures: Tensor) -> Tensor:
 
 
 def to_bytes(reals: Tensor) -> Tensor:
-    """What a picture file keeps of values in [-1, 1], so that pictures in memory are judged as files are.
+    """Values in [-1, 1] rounded as in a picture file, so that pictures in memory are judged as files are.
 
     >>> to_bytes(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([  0, 128, 255], dtype=torch.uint8)
@@ -117,49 +114,22 @@ def to_bytes(reals: Tensor) -> Tensor:
     return ((reals.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **metadata: Any) -> None:
-    """A safetensors file with JSON in its metadata, and a checksum of both."""
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    texts = {name: json.dumps(value) for name, value in metadata.items()}
-    save_file(on_cpu, path, texts | {"sha256": checksum(on_cpu, texts)})
-
-
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the metadata of a file of `write` that is whole; `sha256` is among the metadata.
-
-    Raises:
-        OSError: no such file.
-        ValueError: it is damaged, or `write` did not write it.
-    """
-    with open(path, "rb"):
-        pass  # safetensors says less about a file that is not there
-    try:
-        with safe_open(path, "pt") as file:
-            texts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except Exception as error:
-        raise ValueError(f"{path} is no safetensors file: {error}.") from error
-    if texts.get("sha256") != checksum(tensors, texts):
-        raise ValueError(f"{path} is damaged, or ksag did not write it: it has not the checksum of its contents.")
-    return tensors, {name: text if name == "sha256" else json.loads(text) for name, text in texts.items()}
-
-
 def save_classifier(classifier: Classifier, path: str | os.PathLike[str], widths: Sequence[int], record: dict[str, Any]) -> None:
-    """Its weights as float16; `record` says how it was trained and what it reached."""
+    """Writes its weights as float16, with a record of its training."""
     halves = {name: t.half() if t.is_floating_point() else t for name, t in classifier.state_dict().items()}
     write(path, halves, widths=list(widths), training=record)
 
 
 def load_classifier(path: str | os.PathLike[str] = CLASSIFIER, device: str | torch.device = "cpu") -> Extractor:
-    """The features of a classifier of `scripts/train_classifier.py`.
+    """The features of a classifier trained by `scripts/train_classifier.py`.
 
     Raises:
         OSError: no such file.
         ValueError: the file is damaged or something else.
     """
     tensors, metadata = read(path)
-    if "widths" not in metadata:
-        raise ValueError(f"{path} is no classifier of scripts/train_classifier.py.")
+    if "widths" not in metadata or "sha256" not in metadata:
+        raise ValueError(f"{path} is not a classifier written by scripts/train_classifier.py.")
     classifier = Classifier(metadata["widths"], len(tensors["category.bias"]), len(tensors["style.bias"]))
     classifier.load_state_dict(tensors)
     return Extractor(f"emoji-{metadata['sha256'][:12]}", classifier.eval().requires_grad_(False).to(device), (64, 64))
@@ -176,15 +146,15 @@ class Fidelity(nn.Module):
         return self.extractor(pictures)[0]
 
 
-def load(name: str, device: str | torch.device = "cpu", weights: str | os.PathLike[str] | None = None) -> Extractor:
+def load_extractor(name: str, device: str | torch.device = "cpu", weights: str | os.PathLike[str] | None = None) -> Extractor:
     """Features by name.
 
     Args:
         name: "emoji", the bundled classifier; "inception", the Inception-v3 of the usual Fréchet Inception distance; or "dinov2",
             DINOv2 ViT-B/14.
         device: where to put the network.
-        weights: a file of weights instead of the bundled or downloaded ones. torch-fidelity loads DINOv2 by `torch.hub` alone, so
-            there its folder is what counts, `TORCH_HOME`.
+        weights: a file of weights instead of the bundled or downloaded ones. Not for DINOv2, which torch-fidelity loads by
+            `torch.hub` from the folder `TORCH_HOME`.
 
     Raises:
         ImportError: torch-fidelity is not installed.
@@ -196,7 +166,7 @@ def load(name: str, device: str | torch.device = "cpu", weights: str | os.PathLi
     if name == "emoji":
         return load_classifier(CLASSIFIER if weights is None else weights, device)
     if name == "dinov2" and weights is not None:
-        raise ValueError("torch-fidelity loads DINOv2 by torch.hub alone: set TORCH_HOME to the folder that holds it instead.")
+        raise ValueError("torch-fidelity loads DINOv2 by torch.hub only: set TORCH_HOME to the folder that holds it instead.")
     try:
         from torch_fidelity.utils import create_feature_extractor
     except ImportError as error:

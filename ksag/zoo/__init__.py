@@ -1,24 +1,24 @@
-"""The bundled denoiser, and any other k-diffusion checkpoint of its form (README.md beside this file is its model card).
+"""The bundled model of emoji, and any other k-diffusion model in a safetensors file. Model card: ksag/zoo/README.md.
 
 guided = ksag.SAGDenoiser(ksag.zoo.load(), cond_key="mapping_cond", **ksag.zoo.SETTINGS)
 cond, uncond = ksag.zoo.conditioning(["Animals & Nature", "Food & Drink"], ["noto", "twemoji"])
 """
 
-import difflib
-import json
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import k_diffusion as K
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ksag.model.checksum import checksum
+from ksag.zoo import files
+
+if TYPE_CHECKING:  # the functions import it themselves, because it takes seconds
+    import k_diffusion as K
 
 EMOJI = Path(__file__).parent / "emoji.safetensors"
 """The bundled model's weights."""
@@ -34,67 +34,55 @@ STYLES = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "tw
 SETTINGS: dict[str, Any] = {
     "sag_scale": 1.4, "blur_sigma": 1.5, "sigma_range": (0.4, 12.0), "attention": "inner_model.u_net.u_blocks.1.1",
 }  # fmt: skip
-"""What to give `SAGDenoiser` for the bundled model, as `benchmarks/quality.py` chose it: its layer is the first one at 16 × 16 on
-the way up."""
+"""Recommended keywords of `SAGDenoiser` for the bundled model, chosen by `benchmarks/quality.py`. The layer is the first one at
+16 × 16 in the decoder."""
 
 
 def save(
     weights: Mapping[str, Tensor], path: str | os.PathLike[str], config: dict[str, Any], record: dict[str, Any] | None = None
 ) -> None:
-    """Writes a model's weights, as float16, with all that `load` needs: their config, and a checksum of both.
+    """Writes a model's weights, as float16, with their config and a checksum of both.
 
     Args:
-        weights: the `state_dict()` of what `K.config.make_model(config)` makes.
+        weights: the `state_dict()` of `K.config.make_model(config)`.
         path: the safetensors file to write.
-        config: the k-diffusion config, as read from JSON; `load_config(path)` finds it again.
+        config: the k-diffusion config, as read from JSON; `load_config(path)` returns it.
         record: how the model was trained, kept as "training".
     """
-    tensors = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in weights.items()}
-    metadata = {"config": json.dumps(config)}
-    if record is not None:
-        metadata["training"] = json.dumps(record)
-    save_file(tensors, path, metadata | {"sha256": checksum(tensors, metadata)})
+    halves = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in weights.items()}
+    files.write(path, halves, config=config, **({} if record is None else {"training": record}))
 
 
-def _read(weights: str | os.PathLike[str]) -> tuple[dict, dict[str, Tensor]]:
-    """The config, with k-diffusion's defaults filled in, and the tensors of a file that is whole."""
-    if os.path.isdir(weights):
-        raise IsADirectoryError(f"{weights} is a folder; expected a safetensors file.")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weights} is cut off, or no safetensors file: {error}. A checkpoint of k-diffusion's training (.pth) becomes one "
-            f"by its convert_for_inference.py."
-        ) from error
+def _config_and_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Of an undamaged file, with k-diffusion's defaults filled in."""
+    import k_diffusion as K
+
+    tensors, metadata = files.read(path)
     if "config" not in metadata:
         raise ValueError(
-            f"{weights} has no k-diffusion config in its metadata, so the model cannot be built. ksag.zoo.save writes one, and "
+            f"{path} has no k-diffusion config in its metadata, so the model cannot be built. ksag.zoo.save writes one, and "
             f"k-diffusion's convert_for_inference.py. For Stable Diffusion and other UNets of diffusers use "
             f"ksag.adapters.diffusers."
         )
-    if "sha256" in metadata:
-        if metadata["sha256"] != checksum(tensors, metadata):
-            raise ValueError(f"{weights} is damaged: its checksum is not that of its weights and metadata. Fetch or save it again.")
-    elif metadata.keys() != {"config"}:
+    if "sha256" not in metadata and metadata.keys() != {"config"}:
         raise ValueError(
-            f"{weights} has no checksum (sha256) in its metadata, only {', '.join(sorted(metadata))}. Either it is damaged, or "
-            f"neither ksag.zoo.save wrote it nor k-diffusion's convert_for_inference.py, which leaves nothing but a config. "
-            f"Fetch it again, or write it with one of them."
+            f"{path} has no checksum (sha256) in its metadata, only {', '.join(sorted(metadata))}: it is damaged, or was written "
+            f"neither by ksag.zoo.save nor by k-diffusion's convert_for_inference.py. Download it again, or write it with one of "
+            f"them."
         )
     try:
-        return K.config.load_config(json.loads(metadata["config"])), tensors
+        if not isinstance(metadata["config"], dict):
+            raise TypeError("it is not a JSON object")
+        return K.config.load_config(metadata["config"]), tensors
     except Exception as error:
-        raise _bad_config(weights, error) from error
+        raise _bad_config(path, error) from error
 
 
-def _bad_config(weights: str | os.PathLike[str], error: Exception) -> ValueError:
-    return ValueError(f"{weights} has a config that k-diffusion cannot build a model from: {type(error).__name__}: {error}.")
+def _bad_config(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    return ValueError(f"{path} has a config that k-diffusion cannot build a model from: {type(error).__name__}: {error}.")
 
 
-def load_config(weights: str | os.PathLike[str] = EMOJI) -> dict:
+def load_config(weights: str | os.PathLike[str] = EMOJI) -> dict[str, Any]:
     """The k-diffusion config in the metadata of a safetensors file, with k-diffusion's defaults filled in.
 
     Args:
@@ -102,12 +90,12 @@ def load_config(weights: str | os.PathLike[str] = EMOJI) -> dict:
 
     Raises:
         OSError: no such file, or a folder.
-        ValueError: the file is damaged, no safetensors file, or holds no k-diffusion config.
+        ValueError: the file is damaged, not a safetensors file, or holds no k-diffusion config.
 
     >>> load_config()["model"]["input_size"]
     [64, 64]
     """
-    return _read(weights)[0]
+    return _config_and_weights(weights)[0]
 
 
 def load(
@@ -115,12 +103,12 @@ def load(
 ) -> K.layers.Denoiser:
     """A k-diffusion denoiser from a safetensors file; by default the bundled model of emoji.
 
-    The bundled model takes what `conditioning` makes as `mapping_cond`, and denoises images of (b, 3, 64, 64) in [-1, 1] at
+    The bundled model takes the vectors of `conditioning` as `mapping_cond`, and denoises images of (b, 3, 64, 64) in [-1, 1] at
     sigma 0.32 to 160. Nothing is unpickled.
 
     Args:
-        weights: a file of `save`, whose checksum tells damage to its weights or its config; or one of k-diffusion's
-            `convert_for_inference.py`, which has no checksum, so that damage to its weights goes unseen.
+        weights: a file written by `save`, whose checksum is verified; or by k-diffusion's `convert_for_inference.py`, which
+            writes no checksum.
         device: where to put the model.
         dtype: of the weights; they are stored as float16.
 
@@ -129,7 +117,7 @@ def load(
 
     Raises:
         OSError: no such file, or a folder.
-        ValueError: the file is damaged, no safetensors file, holds no k-diffusion config, or its weights do not fit it.
+        ValueError: the file is damaged, not a safetensors file, holds no k-diffusion config, or its weights do not fit it.
 
     >>> denoiser = load()
     >>> cond, _ = conditioning(["Food & Drink"])
@@ -137,7 +125,9 @@ def load(
     >>> image.shape
     torch.Size([1, 3, 64, 64])
     """
-    config, state = _read(weights)
+    import k_diffusion as K
+
+    config, state = _config_and_weights(weights)
     try:
         model = K.config.make_model(config)
         denoiser = K.config.make_denoiser_wrapper(config)(model)
@@ -153,41 +143,39 @@ def load(
     return denoiser.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def one_hot(classes: Sequence[int], num_classes: int, device: str | torch.device = "cpu") -> Tensor:
-    """Class vectors (b, num_classes) for `mapping_cond` of a class-conditional model; their `zeros_like` is no class.
+def one_hot(classes: Sequence[int | None], num_classes: int, device: str | torch.device = "cpu") -> Tensor:
+    """Class vectors (b, num_classes) for `mapping_cond` of a class-conditional model.
 
     Args:
-        classes: each sample's class, 0 to num_classes - 1.
-        num_classes: how many the model knows.
+        classes: each sample's class, 0 to num_classes - 1; None is no class, all zeros.
+        num_classes: how many the model was trained with.
         device: the model's.
 
     Raises:
         RuntimeError: no such class.
 
-    >>> one_hot([1, 0], num_classes=3)
+    >>> one_hot([1, None], num_classes=3)
     tensor([[0., 1., 0.],
-            [1., 0., 0.]])
+            [0., 0., 0.]])
     """
-    return F.one_hot(torch.tensor(classes, dtype=torch.long, device=device), num_classes).float()
+    indices = torch.tensor([c or 0 for c in classes], dtype=torch.long, device=device)
+    known = torch.tensor([c is not None for c in classes], device=device)
+    return F.one_hot(indices, num_classes).float() * known[:, None]
 
 
-def _one_hot_names(what: str, given: Sequence[str | None], names: tuple[str, ...], device: str | torch.device) -> Tensor:
-    """(b, len(names)); None is all zeros."""
+def _indices(what: str, given: Sequence[str | None], names: tuple[str, ...]) -> list[int | None]:
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError(f"{what} is a list with a name, or None for any, for each sample; got {given!r}.")
     for name in given:
         if name is not None and name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{name!r} is not one of the bundled model's {what}: {hint}It knows {', '.join(names)}; None is any.")
-    rows = [[float(name == other) for other in names] for name in given]
-    return torch.tensor(rows, device=device).reshape(len(given), len(names))
+            raise ValueError(f"{name!r} is not one of the bundled model's {what}: {', '.join(names)}; None is any.")
+    return [None if name is None else names.index(name) for name in given]
 
 
 def conditioning(
     categories: Sequence[str | None], styles: Sequence[str | None] | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """What the bundled model takes as `mapping_cond`: cond and uncond, (b, 15) each, one-hot category beside one-hot style.
+    """The bundled model's `mapping_cond`: cond and uncond, (b, 15) each, a one-hot category followed by a one-hot style.
 
     Args:
         categories: for each sample a name out of `CATEGORIES`, or None for any.
@@ -205,9 +193,9 @@ def conditioning(
     >>> cond.nonzero().tolist(), uncond.any()
     ([[0, 2], [0, 8], [1, 13]], tensor(False))
     """
-    category = _one_hot_names("categories", categories, CATEGORIES, device)
-    style = _one_hot_names("styles", [None] * len(categories) if styles is None else styles, STYLES, device)
+    category = _indices("categories", categories, CATEGORIES)
+    style = _indices("styles", [None] * len(category) if styles is None else styles, STYLES)
     if len(category) != len(style):
         raise ValueError(f"Give a category and a style for each sample, got {len(category)} categories and {len(style)} styles.")
-    cond = torch.cat([category, style], dim=1)
+    cond = torch.cat([one_hot(category, len(CATEGORIES), device), one_hot(style, len(STYLES), device)], dim=1)
     return cond, torch.zeros_like(cond)

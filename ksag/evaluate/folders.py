@@ -1,0 +1,133 @@
+"""The features of a folder of pictures."""
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ksag.evaluate.features import Extractor
+from ksag.zoo import files
+
+SUFFIXES = {".png", ".webp", ".jpg", ".jpeg", ".bmp"}
+
+
+def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:
+    """The pictures in a folder and its subfolders. Hidden files and folders (.thumbs) are ignored.
+
+    Raises:
+        OSError: no such folder, or a picture that is not a regular file, such as a broken link.
+        ValueError: it holds no pictures.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is a file, not a folder." if folder.exists() else f"There is no folder {folder}.")
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+    if not found:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
+    for path in found:
+        if not path.is_file():
+            raise OSError(f"{path} is {'a broken link' if path.is_symlink() else 'not a regular file'}, so it cannot be read.")
+    return found
+
+
+def load_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    """(3, h, w), uint8.
+
+    Args:
+        path: an 8-bit picture without transparency.
+        size: the (h, w) that it must have, checked before it is decoded; by default any.
+
+    Raises:
+        OSError: damaged, or not a picture.
+        ValueError: another size, more than 8 bits a channel, or transparent.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            w, h = image.size
+            if size is not None and (h, w) != size:
+                raise ValueError(
+                    f"{path} has {w} × {h} pixels; these features need {size[1]} × {size[0]}. Features that take any size: "
+                    f"inception, dinov2."
+                )
+            if ";16" in str(image.tile) or image.mode.startswith(("I", "F")):  # Pillow opens a 16-bit PNG as 8-bit RGB
+                raise ValueError(f"{path} has more than 8 bits a channel: save it as 8-bit RGB.")
+            if "A" in image.getbands() or "transparency" in image.info:
+                raise ValueError(f"{path} is transparent: save it as RGB, on the background that it is to be judged on.")
+            pixels = image.convert("RGB").tobytes()
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large: {error}") from error
+    except (OSError, SyntaxError) as error:  # Pillow's for a damaged PNG is a SyntaxError
+        raise OSError(f"{path} is damaged, or not a picture: {error}") from error
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(h, w, 3).permute(2, 0, 1)
+
+
+def batches(paths: Sequence[Path], batch_size: int, size: tuple[int, int] | None = None) -> Iterator[Tensor]:
+    """Batches of pictures of one size, (at most batch_size, 3, h, w), uint8; `size` as for `load_picture`."""
+    batch: list[Tensor] = []
+    for path in paths:
+        picture = load_picture(path, size)
+        if batch and (len(batch) == batch_size or picture.shape != batch[0].shape):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(picture)
+    yield torch.stack(batch)
+
+
+def default_cache() -> Path:
+    """`ksag/features` in `XDG_CACHE_HOME`, by default `~/.cache/ksag/features`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ksag/features"
+
+
+def folder_features(
+    folder: str | os.PathLike[str],
+    extractor: Extractor,
+    device: str | torch.device = "cpu",
+    batch_size: int = 100,
+    cache: Path | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Tensor:
+    """The features (n, d) of the pictures in a folder, on `device`, in an order that does not depend on the files' names.
+
+    Args:
+        folder: the pictures, see `pictures_in`.
+        extractor: which features, on `device`.
+        device: where to compute.
+        batch_size: pictures at a time.
+        cache: a folder that keeps features for the next call with the same pictures; None keeps nothing.
+        progress: called with the number of pictures after each batch.
+
+    Raises:
+        OSError: no such folder, or a damaged picture.
+        ValueError: no pictures, or a picture that the extractor does not take.
+    """
+    by_content = sorted((hashlib.sha256(path.read_bytes()).hexdigest(), path) for path in pictures_in(folder))
+    content = hashlib.sha256("".join(digest for digest, _ in by_content).encode()).hexdigest()
+    cached = None if cache is None else cache / extractor.name / f"{content}.safetensors"
+    if cached is not None and cached.exists():
+        with contextlib.suppress(ValueError):  # damaged: computed again
+            features = files.read(cached)[0]["features"].to(device)
+            progress(len(features))
+            return features
+    found = []
+    for batch in batches([path for _, path in by_content], batch_size, extractor.size):
+        found.append(extractor(batch.to(device)))
+        progress(len(batch))
+    features = torch.cat(found)
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        part = cached.with_name(f".{cached.name}.{os.getpid()}.part")
+        files.write(part, {"features": features})
+        os.replace(part, cached)
+    return features
