@@ -1,4 +1,4 @@
-"""How the tests call the commands, and look at what they write; and a small model to call them with."""
+"""Helpers for tests of the commands: calling them, reading their files, and small models."""
 
 import json
 import os
@@ -19,16 +19,16 @@ from tests.models import randomise
 
 
 def invoke(*args, code=0):
-    """The command's output, in one line of single spaces, so that it can be searched whatever its line breaks."""
+    """The command's output, in one line of single spaces."""
     result = CliRunner().invoke(main, [str(arg) for arg in args])
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     return " ".join(result.output.replace("│", " ").split())
 
 
-def process(*args, launcher=(), **options):
-    """The command as a process of its own, under a launcher or not."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def process(*args, launcher=(), env=(), **options):
+    """The command as a separate process, under a launcher or not."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}
     command = [sys.executable, "-W", "ignore", *launcher, "-m", "ksag", *map(str, args)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent, **streams, **options)
@@ -79,7 +79,7 @@ def save_small_transformer(path):
 
 
 def save_small_model(path, classes=("bird", "cat", "dog")):
-    """A user's k-diffusion model, small, with random weights: what it draws means nothing, but depends on all that it is given."""
+    """A small k-diffusion model with random weights. Its pictures depend on every input."""
     config = {
         "model": {
             "type": "image_v1", "input_channels": 3, "input_size": [16, 16], "mapping_out": 32, "mapping_cond_dim": len(classes),

@@ -79,6 +79,13 @@ def test_demo_without_guidance_is_refused():
     assert "nothing to compare" in invoke("demo", "--sag-scale", 0, code=2)
 
 
+def test_a_demo_does_not_replace_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        invoke("demo", "--steps", 2, "--n", 1, "--sigma-range", 0, 200, "--device", "cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ksag-demo-2.png", "ksag-demo.png"]
+
+
 @pytest.mark.parametrize("out", ["folder", "new"])
 def test_demo_into_a_folder_is_refused_before_sampling(tmp_path, monkeypatch, out):
     (tmp_path / "folder").mkdir()
@@ -223,6 +230,16 @@ def test_a_grid_with_its_parameters(tmp_path, sample):
     )
 
 
+def test_the_default_file_is_not_replaced_but_a_given_one_is(tmp_path, sample, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"The picture is in {tmp_path}/ksag-samples.png" in sample()
+    first = Path("ksag-samples.png").read_bytes()
+    assert f"The picture is in {tmp_path}/ksag-samples-2.png" in sample("--seed", 1)
+    assert Path("ksag-samples.png").read_bytes() == first
+    assert f"The picture is in {tmp_path}/ksag-samples.png" in sample("--seed", 1, "--out", "ksag-samples.png")
+    assert Path("ksag-samples.png").read_bytes() == Path("ksag-samples-2.png").read_bytes() != first
+
+
 def test_plain_beside_sag_and_enlarged(tmp_path, sample):
     sample("--compare", "--zoom", 4, "--out", tmp_path / "both.png")
     sample("--zoom", 4, "--out", tmp_path / "sag.png")
@@ -254,10 +271,10 @@ def test_image_tools_read_the_parameters(tmp_path, sample, reader):
     [
         (["--sampler", "dpmpp2m"], "Did you mean 'dpmpp_2m' or"),
         (["--sampler", "DDIM"], "is not a sampler of k-diffusion"),
-        (["--classes", "kat"], "the model does not know 'kat'. Did you mean 'cat'?"),
-        (["--classes", "3"], "the model does not know '3'"),
-        (["--classes", "cat,"], "the model does not know ''. It knows bird, cat, dog."),
-        (["--classes", ""], "the model does not know ''"),
+        (["--classes", "kat"], "the model has no 'kat'. Did you mean 'cat'?"),
+        (["--classes", "3"], "the model has no '3'"),
+        (["--classes", "cat,"], "the model has no ''. It has bird, cat, dog."),
+        (["--classes", ""], "the model has no ''"),
         (["--category", "food"], "small.safetensors has classes: give --classes"),
         (["--blur-sigma", "nan"], "blur_sigma must be a finite number, got nan"),
         (["--blur-sigma", "-1"], "0 (no blur) or more, got -1.0"),
@@ -265,7 +282,7 @@ def test_image_tools_read_the_parameters(tmp_path, sample, reader):
         (["--sag-scale", "inf"], "sag_scale must be a finite number, got inf"),
         (["--cond-scale", "nan"], "--cond-scale must be a finite number, got nan"),
         (["--sigma-range", "3", "1"], "give (1.0, 3.0)?"),
-        (["--every", "0"], "every is a number of calls, 1 or more"),
+        (["--every", "0"], "every=n computes the direction every n-th call, n = 1 or more"),
         (["--cfg-rule", "rescal"], "Did you mean 'rescale'"),
         (["--cfg-rule", "rescale:2"], "0 to 1, got 2.0"),
         (["--cfg-rule", "plain:2"], "'plain:2'"),
@@ -273,6 +290,9 @@ def test_image_tools_read_the_parameters(tmp_path, sample, reader):
         (["--device", "gpu"], "'gpu' is not a device of PyTorch"),
         (["--weights", "nowhere.safetensors"], "'nowhere.safetensors' does not exist"),
         (["--n", "0"], "0 is not in the range"),
+        (["--n", "99999999999999999999999"], "99999999999999999999999 is not in the range 1<=x<=10000000"),
+        (["--n", "9999999"], "--n 9999999: one file holds at most 1000 pictures. Give a folder for one PNG per picture, such as"),
+        (["--seed", "9223372036854775807", "--n", "2"], "the last seed would be 9223372036854775808"),
         (["--seed", "99999999999999999999"], "is not in the range 0<=x<=9223372036854775807"),
         (["--prompt", "a cat"], "--prompt needs --pipeline"),
         (["--offload"], "--offload needs --pipeline"),
@@ -291,7 +311,7 @@ def test_mps_where_there_is_none(tmp_path, sample):
 def test_classes_of_the_bundled_model(tmp_path):
     assert "Give --category and --style" in bundled("--classes", "cat", "--out", tmp_path / "x.png", code=2)
     assert "Did you mean 'Food & Drink'?" in bundled("--category", "fod", "--out", tmp_path / "x.png", code=2)
-    assert "It knows noto" in bundled("--style", "", "--out", tmp_path / "x.png", code=2)
+    assert "It has noto" in bundled("--style", "", "--out", tmp_path / "x.png", code=2)
 
 
 def test_bad_weights(tmp_path):
@@ -372,7 +392,7 @@ def test_the_pages_commands_can_be_given(tmp_path, monkeypatch, line):
     for name in "mine.safetensors", "prompts.txt", "photo.jpg", "house.png", "door.png":
         Path(name).touch()
     command, *args = shlex.split(line.partition("ksag ")[2])
-    context = getattr(importlib.import_module(f"ksag.commands.{command}"), command).make_context(command, args.copy())
+    context = importlib.import_module(f"ksag.commands.{command}").command.make_context(command, args.copy())
     given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
     assert len(given) == sum(arg.startswith("--") for arg in args)
 
@@ -401,7 +421,7 @@ def test_too_little_memory_is_an_error_that_says_what_takes_less(sample, monkeyp
 
 
 def test_what_ksag_finds_wrong_while_the_model_runs_is_one_line(sample, monkeypatch):
-    monkeypatch.setattr(ksag.attention.recording.Recording, "missing", 1)
+    monkeypatch.setattr(ksag.attention.visit.Visit, "missing", 1)
     assert "ran for" in sample("--out", "never.png", code=1)
 
 

@@ -1,7 +1,10 @@
 """Does `ksag sample` fill a folder by seed, whatever stops it, and however many processes share the work?"""
 
 import json
+import multiprocessing
+import os
 import signal
+import socket
 import time
 
 import psutil
@@ -15,6 +18,8 @@ from ksag.commands.processes import Process
 from ksag.commands.sample import into_folder
 from ksag.commands.sampling import Sampling
 from tests.commands import invoke, pixels, process, save_small_model, text
+
+fcntl = pytest.importorskip("fcntl")
 
 
 @pytest.fixture
@@ -97,12 +102,14 @@ def test_processes_make_the_batches_of_one(tmp_path):
 
     for rank in 1, 0:
         process = Process(rank, 2, torch.device("cpu"))
-        into_folder(Folder(tmp_path, {}), range(7), 2, process, make, str, tqdm(total=7, disable=True))
+        with Folder(tmp_path, {}) as folder:
+            into_folder(folder, range(7), 2, process, make, str, tqdm(total=7, disable=True))
     assert made == [[2, 3], [6, 6], [0, 1], [4, 5]] and len(list(tmp_path.glob("*.png"))) == 7
     made.clear()
     for rank in 1, 0:
         process = Process(rank, 2, torch.device("cpu"))
-        into_folder(Folder(tmp_path, {}), range(10, 13), 8, process, make, str, tqdm(total=3, disable=True))
+        with Folder(tmp_path, {}) as folder:
+            into_folder(folder, range(10, 13), 8, process, make, str, tqdm(total=3, disable=True))
     assert made == [[12, 12], [10, 11]]  # smaller batches rather than an idle process
 
 
@@ -140,7 +147,7 @@ def test_what_only_rounds_and_what_only_says_how_many_is_no_other_setting(sample
 def test_pictures_of_unknown_origin_are_left_alone(sample, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/000000.png").touch()
-    assert "no ksag.json that says what made them" in sample("--n", 2, "--out", tmp_path / "a", code=1)
+    assert "but no ksag.json with their settings" in sample("--n", 2, "--out", tmp_path / "a", code=1)
     assert names(tmp_path / "a") == ["000000.png"]
 
 
@@ -148,6 +155,119 @@ def test_a_run_that_came_to_nothing_leaves_the_folder_free(sample, tmp_path):
     sample("--attention", "nowhere", "--out", tmp_path / "a", code=1)
     sample("--n", 1, "--out", tmp_path / "a")
     assert names(tmp_path / "a") == ["000000.png", "ksag.json"]
+
+
+def test_a_picture_that_is_cut_off_is_made_again(sample, tmp_path):
+    sample("--n", 3, "--out", tmp_path / "a")
+    before = unchanged(tmp_path / "a")
+    whole = (tmp_path / "a/000001.png").read_bytes()
+    (tmp_path / "a/000001.png").write_bytes(whole[:-1])
+    (tmp_path / "a/000002.png").write_bytes(b"")
+    sample("--n", 3, "--out", tmp_path / "a")
+    assert (tmp_path / "a/000001.png").read_bytes() == whole and (tmp_path / "a/000002.png").stat().st_size > 20
+    assert unchanged(tmp_path / "a")["000000.png"] == before["000000.png"]
+
+
+def test_each_picture_is_checked_once(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr("ksag.images.is_whole", lambda path: checked.append(path.name) or True)
+    for name in "000000.png", "000001.png":
+        (tmp_path / name).touch()
+    (tmp_path / "ksag.json").write_text("{}")
+    with Folder(tmp_path, {}) as folder:
+        assert [folder.missing(range(3)) for _ in range(2)] == [[2], [2]] and checked == ["000000.png", "000001.png"]
+
+
+@pytest.mark.parametrize("content", ["", '{"Steps": ', "3", "[1]"])
+def test_settings_that_are_damaged_are_an_error_beside_pictures_and_free_without(sample, tmp_path, content):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/000000.png").touch()
+    (tmp_path / "a/ksag.json").write_text(content)
+    output = sample("--n", 1, "--out", tmp_path / "a", code=1)
+    assert "ksag.json is damaged, so the settings of the pictures are unknown. Give another folder." in output
+    (tmp_path / "a/000000.png").unlink()
+    sample("--n", 1, "--out", tmp_path / "a")
+    assert json.loads((tmp_path / "a/ksag.json").read_text())["Steps"] == "2"
+
+
+# Claimed
+
+
+def test_a_folder_in_use_is_refused_for_other_settings_before_it_holds_a_picture(tmp_path):
+    with Folder(tmp_path, {"Steps": "2"}), Folder(tmp_path, {"Steps": "2"}):
+        with pytest.raises(ValueError, match="is in use with other settings: Steps is 2 there, 3 here"):
+            Folder(tmp_path, {"Steps": "3"})
+        assert json.loads((tmp_path / "ksag.json").read_text()) == {"Steps": "2"}
+    with Folder(tmp_path, {"Steps": "3"}):  # nobody uses it, and nothing was made
+        assert json.loads((tmp_path / "ksag.json").read_text()) == {"Steps": "3"}
+
+
+def claim(path, steps, together, results):
+    """One of several processes that claim a folder at the same moment."""
+    together.wait()
+    try:
+        folder = Folder(path, {"Steps": str(steps)})
+    except ValueError:
+        results.put((steps, False))
+    else:
+        results.put((steps, json.loads((path / "ksag.json").read_text())["Steps"] == str(steps)))
+        assert folder.path
+    together.wait()
+
+
+def test_processes_that_start_together_agree_on_one_setting(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    for turn in range(15):
+        path = tmp_path / str(turn)
+        path.mkdir()
+        together, results = fork.Barrier(6), fork.Queue()
+        running = [fork.Process(target=claim, args=(path, i % 3, together, results)) for i in range(6)]
+        for one in running:
+            one.start()
+        found = [results.get(timeout=60) for _ in running]
+        for one in running:
+            one.join()
+        assert len({steps for steps, succeeded in found if succeeded}) == 1, found
+        assert all(one.exitcode == 0 for one in running)
+
+
+def claim_half(path):
+    file = (path / "ksag.json").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write('{"Steps": ')
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_claim_whose_writer_was_killed_is_free(tmp_path):
+    killed = multiprocessing.get_context("fork").Process(target=claim_half, args=(tmp_path,))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and (tmp_path / "ksag.json").read_text() == '{"Steps": '
+    with Folder(tmp_path, {"Steps": "2"}):
+        assert json.loads((tmp_path / "ksag.json").read_text()) == {"Steps": "2"}
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with Folder(tmp_path, {"Steps": "2"}), Folder(tmp_path, {"Steps": "2"}):
+        pass
+    with pytest.raises(ValueError, match="is in use with other settings"):
+        Folder(tmp_path, {"Steps": "3"})
+
+
+@pytest.mark.slow
+def test_the_second_of_two_commands_with_other_settings_is_refused(long, tmp_path):
+    first, second = (process(*long, tmp_path / "a", "--sag-scale", scale) for scale in (0.5, 1))
+    outputs = [running.communicate()[0] for running in (first, second)]
+    assert sorted(running.returncode for running in (first, second)) == [0, 1]
+    refused = outputs[0] if first.returncode else outputs[1]
+    assert "other settings: SAG scale is" in " ".join(refused.split()) and "Traceback" not in refused
+    scales = {text(file).split("SAG scale: ")[1].split(",")[0] for file in (tmp_path / "a").glob("*.png")}
+    assert scales == {json.loads((tmp_path / "a/ksag.json").read_text())["SAG scale"]}
 
 
 # Stopped, and shared
@@ -220,6 +340,47 @@ def test_two_processes_that_are_killed_and_started_again_make_the_folder_of_one(
     for part in folder.glob(".*.part"):
         part.unlink()
     same_files(folder, tmp_path / "one")
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_was_killed_is_reported_by_the_other_within_30_seconds(long, tmp_path, dead):
+    """Under a launcher that leaves the others alone, as a cluster's does."""
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    running = [process(*long, tmp_path / "a", "-n", 20000, env={**env, "RANK": str(rank)}) for rank in range(2)]
+    try:
+        wait_for(tmp_path / "a", 6, running[1 - dead])
+        running[dead].kill()
+        killed = time.monotonic()
+        output = ""
+        while "has stopped" not in output:
+            line = running[1 - dead].stdout.readline()
+            assert line, output
+            output += line
+        assert time.monotonic() - killed < 30
+        assert (f"process {dead} has stopped" if dead else "the launcher or process 0 has stopped") in output
+        assert running[1 - dead].poll() is None  # it goes on with its share
+    finally:
+        for one in running:
+            one.kill()
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_ends_with_what_is_missing(long, tmp_path):
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    running = [process(*long, tmp_path / "a", env={**env, "RANK": str(rank)}) for rank in range(2)]
+    wait_for(tmp_path / "a", 1, running[1])
+    running[1].kill()
+    output = " ".join(running[0].communicate(timeout=120)[0].split())
+    missing = 12 - len(list((tmp_path / "a").glob("*.png")))
+    assert missing > 0 and running[0].returncode == 1 and "Traceback" not in output
+    assert f"process 1 has stopped: {missing} of 12 pictures are missing in" in output
 
 
 @pytest.mark.slow

@@ -11,22 +11,21 @@ import k_diffusion as K
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ksag import images as picture
 from ksag import zoo
-from ksag.commands.model import in_turn
+from ksag.commands.model import for_seed
 from ksag.commands.options import nearest
 
 COND_SCALE = 1.0
 """Where the user gives none."""
 
 Words = tuple[str | None, ...]
-"""What a sample is of: a category and a style, or a class; None is any."""
+"""A sample's category and style, or its class; None is any."""
 
 
 def chosen(option: str, wanted: str | None, known: Sequence[str]) -> list[str | None]:
-    """What the user asks for, separated by commas: a name, a part of one, a number, or any (None). Nothing at all is all in turn.
+    """The names in the user's list: each part is a name, a part of a name, a number, or any (None). No list means all names.
 
     >>> chosen("--category", "animals, 0, any", ["Food & Drink", "Animals & Nature"])
     ['Animals & Nature', 'Food & Drink', None]
@@ -45,28 +44,9 @@ def chosen(option: str, wanted: str | None, known: Sequence[str]) -> list[str | 
         elif len(alike) == 1:
             words.append(alike[0])
         else:
-            hint = f"Did you mean {nearest(word, alike or known)}?" if word else f"It knows {', '.join(known)}."
-            raise click.UsageError(f"{option}: the model does not know {word!r}. {hint}")
+            hint = f"Did you mean {nearest(word, alike or known)}?" if word else f"It has {', '.join(known)}."
+            raise click.UsageError(f"{option}: the model has no {word!r}. {hint}")
     return words
-
-
-def numbers(words: Sequence[str | None], known: Sequence[str], device: torch.device) -> Tensor:
-    """(b,) for `class_cond`; None is the number after the last.
-
-    >>> numbers(["b", None], "abc", torch.device("cpu"))
-    tensor([1, 3])
-    """
-    return torch.tensor([len(known) if word is None else known.index(word) for word in words], device=device)
-
-
-def one_hot(words: Sequence[str | None], known: Sequence[str], device: torch.device) -> Tensor:
-    """(b, len(known)) for `mapping_cond`; None is zeros.
-
-    >>> one_hot(["b", None], "abc", torch.device("cpu"))
-    tensor([[0., 1., 0.],
-            [0., 0., 0.]])
-    """
-    return F.one_hot(numbers(words, known, device), len(known) + 1)[:, :-1].float()
 
 
 class Checkpoint:
@@ -75,10 +55,10 @@ class Checkpoint:
     Args:
         path: the file; None is the bundled one.
         device: where to put the model.
-        dtype: what it computes in.
-        cond_scale: None is 1, none, and evaluates no uncond.
+        dtype: of its computations.
+        cond_scale: None is 1, which evaluates no uncond.
         category, style: for a model of emoji, such as the bundled one.
-        classes: for one that takes classes, one-hot (`mapping_cond`) or by number (`class_cond`).
+        classes: for a model that takes classes, one-hot (`mapping_cond`) or by number (`class_cond`).
     """
 
     negative_prompt = None
@@ -110,10 +90,10 @@ class Checkpoint:
         self.cond_key = "mapping_cond" if width else "class_cond" if by_number else None
         if width and width != sum(map(len, self.known)):
             raise click.UsageError(
-                f"{path.name} takes {width} numbers as mapping_cond, which are not its classes: use Python for it."
+                f"{path.name} takes {width} numbers as mapping_cond, which are not its classes: use Python to sample it."
             )
         if self.cond_scale != 1 and self.cond_key is None:
-            raise click.UsageError(f"--cond-scale: {path.name} takes no classes, so that nothing can be scaled.")
+            raise click.UsageError(f"--cond-scale: {path.name} takes no classes, so there is nothing to scale.")
         self.fields = {
             "Size": f"{self.shape[2]}x{self.shape[1]}",
             "Model": path.stem,
@@ -127,17 +107,20 @@ class Checkpoint:
     def conditioning(self, seeds: Sequence[int]) -> dict[str, Any]:
         if self.cond_key is None:
             return {}
-        words = [in_turn(self.words, seed) for seed in seeds]
+        words = [for_seed(self.words, seed) for seed in seeds]
         if self.cond_scale == 1:
             return {"cond": self._cond(words)}
         uncond = self._cond([(None,) * len(self.known)] * len(words))
         return {"cond": self._cond(words), "uncond": uncond, "cond_scale": self.cond_scale}
 
     def _cond(self, words: Sequence[Words]) -> Tensor:
-        columns = zip(zip(*words, strict=True), self.known, strict=True)
-        if self.cond_key == "class_cond":
-            return torch.cat([numbers(column, known, self.device) for column, known in columns])
-        return torch.cat([one_hot(column, known, self.device) for column, known in columns], dim=1)
+        parts = []
+        for column, known in zip(zip(*words, strict=True), self.known, strict=True):
+            indices = [None if word is None else known.index(word) for word in column]
+            if self.cond_key == "class_cond":  # any is the number after the last class
+                return torch.tensor([len(known) if index is None else index for index in indices], device=self.device)
+            parts.append(zoo.one_hot(indices, len(known), self.device))
+        return torch.cat(parts, dim=1)
 
     def around(self, guided: nn.Module) -> nn.Module:
         return guided
@@ -154,7 +137,7 @@ def _classes_of(dataset: dict[str, Any]) -> list[str]:
 
 
 def _words_of(path: Path, dataset: dict[str, Any], category: str | None, style: str | None, classes: str | None) -> list[Words]:
-    """In turn."""
+    """For `for_seed`."""
     if "categories" in dataset:
         if classes is not None:
             raise click.UsageError(f"--classes: {path.name} has categories and styles. Give --category and --style.")

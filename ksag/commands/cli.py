@@ -8,11 +8,11 @@ import click
 from ksag.commands.versions import version_option
 
 COMMANDS = ("demo", "sample", "evaluate")
-"""Each is a function of its name in the module of its name in `ksag.commands`."""
+"""Each is `command` in the module of its name in `ksag.commands`."""
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether it comes from ksag's own code, and not from the model's or a library's, where the traceback says where."""
+    """Whether ksag's own code raised it. Errors from a model or another library keep their traceback."""
     last = error.__traceback__
     while last and last.tb_next:
         last = last.tb_next
@@ -20,13 +20,13 @@ def is_ours(error: BaseException) -> bool:
 
 
 class Commands(click.Group):
-    """Imports a command when it is asked for; shows errors that say what to do as one line, without a traceback."""
+    """Imports a command only when it is called, and shows ksag's errors as one line, without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return getattr(importlib.import_module(f"ksag.commands.{name}"), name) if name in COMMANDS else None
+        return importlib.import_module(f"ksag.commands.{name}").command if name in COMMANDS else None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -34,7 +34,7 @@ class Commands(click.Group):
         except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
         except (RuntimeError, TypeError) as error:
-            if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which the command line alone does not import
+            if type(error).__name__ == "OutOfMemoryError":  # PyTorch's; importing it here would slow down --help
                 hint = (
                     "A smaller --batch-size or --size takes less memory, and so do --no-batch-cond, --dtype float16, and --offload."
                 )

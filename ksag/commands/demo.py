@@ -13,7 +13,7 @@ from tqdm import tqdm
 import ksag
 from ksag import images as picture
 from ksag.commands.infotext import infotext, sampling_fields, text
-from ksag.commands.model import in_turn
+from ksag.commands.model import for_seed
 from ksag.commands.open import CATEGORY, COND_SCALE, STYLE, open_model
 from ksag.commands.options import SAG_DEFAULTS, sag_options, sampling_options
 from ksag.commands.sampling import Sampling
@@ -28,8 +28,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
 
 
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("ksag-demo.png"), help="The .png file to write.")
+@click.command("demo")
+@click.option("--out", type=click.Path(path_type=Path), show_default="ksag-demo.png, or ksag-demo-2.png and so on",
+              help="The .png file to write.")  # fmt: skip
 @click.option("-n", "--n", type=click.IntRange(1, 12), default=N, help="Samples: the picture's columns.")
 @click.option("--seed", type=click.IntRange(0, 2**32), default=SEED, help="The first sample's seed; the next sample has the next.")
 @CATEGORY
@@ -37,8 +38,8 @@ def device_name(device: torch.device) -> str:
 @COND_SCALE
 @sampling_options(SAMPLER, STEPS)
 @sag_options
-def demo(
-    out: Path, n: int, seed: int, sampler: str, steps: int, schedule: str, device: torch.device, **options: Any,
+def command(
+    out: Path | None, n: int, seed: int, sampler: str, steps: int, schedule: str, device: torch.device, **options: Any,
 ) -> None:  # fmt: skip
     """Sample the bundled model without and with SAG from the same noise, into one picture.
 
@@ -46,6 +47,7 @@ def demo(
 
     The options of SAG show the library's defaults; without them, the bundled model's recommended ones are used.
     """
+    out = out or picture.free_name(Path("ksag-demo.png"))
     if not out.suffix or out.is_dir():
         raise click.UsageError(f"--out {out}: the demo is one picture. Give a file name that ends in .png, such as {out}/demo.png.")
     picture.check_writable(out)
@@ -80,7 +82,7 @@ def demo(
     if not looked:
         raise click.UsageError("SAG acted at no step, so there is nothing to compare: see --sigma-range.")
 
-    names = [in_turn(model.prompts, seed) for seed in seeds]
+    names = [for_seed(model.prompts, seed) for seed in seeds]
     shown = f"seeds {seed} to {seed + n - 1}" if n > 1 else f"seed {seed}"
     scale = f", cond_scale {text(model.cond_scale)}" if model.cond_scale != 1 else ""
     changed = [name for name in SAG_DEFAULTS if name in ("sag_scale", "blur_sigma") or sag[name] != SAG_DEFAULTS[name]]

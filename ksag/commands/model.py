@@ -1,4 +1,4 @@
-"""What `ksag sample` asks of a model, of whatever kind."""
+"""The interface of a model that `ksag sample` can sample."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class Model(Protocol):
-    """A denoiser, what it is conditioned on for each seed, and how its latents become pictures.
+    """A denoiser, its conditioning for each seed, and its decoder from latents to pictures.
 
-    All follows from the seed, so that a seed's picture depends neither on the batch nor on what else is made.
+    Everything follows from the seed, so that a picture does not depend on the batch or on the other pictures.
     """
 
     @property
@@ -31,46 +31,47 @@ class Model(Protocol):
 
     @property
     def autocast(self) -> torch.dtype:
-        """What to compute in under `torch.autocast`; float32 is without."""
+        """The dtype for `torch.autocast`; float32 is without autocast."""
 
     @property
     def prompts(self) -> Sequence[str]:
-        """What the pictures show, in turn: see `in_turn`."""
+        """What the pictures show, by `for_seed`."""
 
     @property
     def negative_prompt(self) -> str | None:
-        """None is what the model takes for none."""
+        """None is the model's default."""
 
     @property
     def cond_scale(self) -> float: ...
 
     @property
     def own_schedule(self) -> str:
-        """What `sigmas(steps, "model")` gives, by A1111's name."""
+        """A1111's name for the schedule of `sigmas(steps, "model")`."""
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """What else makes the pictures, under the names of `infotext`."""
+        """The model's other settings, under the names of `infotext`."""
 
     def sigmas(self, steps: int, schedule: str) -> Tensor:
-        """(steps + 1,) noise levels, or the last of them, down to 0; `schedule` is "model", "karras" or "exponential"."""
+        """(at most steps + 1,) noise levels, the last one 0; `schedule` is "model", "karras" or "exponential"."""
 
     def conditioning(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """cond, uncond and cond_scale, as far as the model takes them."""
+        """cond, uncond and cond_scale, where the model takes them."""
 
     def around(self, guided: nn.Module) -> nn.Module:
-        """The denoiser that the sampler gets: `guided`, or what has to stand between."""
+        """The denoiser for the sampler: `guided`, or a wrapper of it."""
 
     def start(self) -> Tensor | None:
-        """(1, c, h, w), the latent that the noise is added to; None for none."""
+        """(1, c, h, w), the latent that the noise is added to; None for zeros."""
 
     def pictures(self, latents: Tensor) -> list[Image.Image]:
-        """What a person looks at."""
+        """A picture of each latent."""
 
 
-def in_turn(things: Sequence[Any], seed: int) -> Any:
-    """
-    >>> [in_turn(["cat", "dog"], seed) for seed in range(3)]
+def for_seed(items: Sequence[Any], seed: int) -> Any:
+    """The seed's item, where consecutive seeds take the items one after the other.
+
+    >>> [for_seed(["cat", "dog"], seed) for seed in range(3)]
     ['cat', 'dog', 'cat']
     """
-    return things[seed % len(things)]
+    return items[seed % len(items)]

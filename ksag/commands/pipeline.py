@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
 from ksag.adapters import diffusers
-from ksag.commands.model import in_turn
+from ksag.commands.model import for_seed
 from ksag.model.conditioning import join
 
 COND_SCALE, STRENGTH = 7.5, 0.75
@@ -119,7 +119,7 @@ class Pipeline:
         return sigmas[-left - 1 :]
 
     def conditioning(self, seeds: Sequence[int]) -> dict[str, Any]:
-        conds, unconds = zip(*(self._encoded(in_turn(self.prompts, seed)) for seed in seeds), strict=True)
+        conds, unconds = zip(*(self._encoded(for_seed(self.prompts, seed)) for seed in seeds), strict=True)
         tokens = math.lcm(*(side["encoder_hidden_states"].shape[1] for side in conds))
         cond, uncond = (join(*(_of_length(side, tokens) for side in sides)) for sides in (conds, unconds))
         return {"cond": cond, "uncond": uncond, "cond_scale": self.cond_scale}

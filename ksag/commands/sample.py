@@ -1,5 +1,6 @@
 """The command `ksag sample`: any kind of model → PNGs by seed."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,16 @@ import ksag
 from ksag import images as picture
 from ksag.commands.folder import Folder
 from ksag.commands.infotext import infotext, sampling_fields
-from ksag.commands.model import in_turn
+from ksag.commands.model import for_seed
 from ksag.commands.open import DTYPES, model_options, open_model
 from ksag.commands.options import SAG_DEFAULTS, sag_options, sampling_options
 from ksag.commands.processes import Process, this_process
 from ksag.commands.sampling import Sampling, batches, warn_if_idle
 
 MAX_SEED = 2**63 - 1
+MAX_N = 10**7
+MAX_GRID = 1000
+"""Pictures in one PNG: 100 rows of small ones; more than that is hard to look at."""
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
@@ -30,10 +34,13 @@ Describe = Callable[[int], str]
 
 
 def into_folder(folder: Folder, seeds: range, size: int, process: Process, make: Make, describe: Describe, bar: tqdm) -> None:
-    """Makes this process's share of the batches in which a picture is missing; the main one then waits for the others', under one
-    bar for all.
+    """Makes this process's share of the batches with a missing picture. The main process then waits for the others, under one bar.
 
-    A batch is made whole, and the same ones by any number of processes, because a GPU rounds by a sample's place in its batch.
+    Batches are always made whole, and are the same for any number of processes, because a GPU rounds by a sample's place in its
+    batch.
+
+    Raises:
+        click.ClickException: another process has stopped, and pictures are missing.
     """
 
     def show() -> None:
@@ -41,7 +48,7 @@ def into_folder(folder: Folder, seeds: range, size: int, process: Process, make:
         bar.refresh()
 
     show()
-    size = min(size, math.ceil(len(seeds) / process.world))  # none is idle
+    size = min(size, math.ceil(len(seeds) / process.world))  # so that no process is idle
     try:
         for batch, filled in process.share(batches(seeds, size)):
             if missing := folder.missing(batch):
@@ -49,15 +56,31 @@ def into_folder(folder: Folder, seeds: range, size: int, process: Process, make:
                 for seed in missing:
                     folder.save(seed, images[seed], describe(seed))
                 show()
-        while process.is_main and folder.missing(seeds):
+        while process.is_main and process.peers and process.peers.running():
             time.sleep(0.5)
             show()
     except KeyboardInterrupt:
         bar.close()
         if process.is_main:
-            there = len(seeds) - len(folder.missing(seeds))
-            click.echo(f"Stopped: {there} of {len(seeds)} pictures are in {folder.path}. The same command makes the others.")
+            made = len(seeds) - len(folder.missing(seeds))
+            click.echo(f"Stopped: {made} of {len(seeds)} pictures are in {folder.path}. The same command makes the others.")
         raise SystemExit(INTERRUPTED) from None
+    if process.peers:
+        stopped = process.peers.stopped()
+        if (process.is_main or stopped) and (missing := folder.missing(seeds)):
+            bar.close()
+            raise click.ClickException(
+                f"{', '.join(stopped) or 'Another process'} has stopped: {len(missing)} of {len(seeds)} pictures are missing in "
+                f"{folder.path}. The same command makes them."
+            )
+
+
+def _check_grid(out: Path, n: int) -> None:
+    if out.suffix and n > MAX_GRID:
+        raise click.UsageError(
+            f"--n {n}: one file holds at most {MAX_GRID} pictures. Give a folder for one PNG per picture, such as "
+            f"--out {out.with_suffix('')}."
+        )
 
 
 def into_grid(out: Path, seeds: range, size: int, make: Make, describe: Describe, bar: tqdm) -> None:
@@ -70,14 +93,14 @@ def into_grid(out: Path, seeds: range, size: int, make: Make, describe: Describe
     picture.save(image, out, describe(seeds[0]))
 
 
-@click.command()
+@click.command("sample")
 @model_options
-@click.option("-n", "--n", type=click.IntRange(1), show_default="10, or one for each prompt", help="How many pictures.")
+@click.option("-n", "--n", type=click.IntRange(1, MAX_N), show_default="10, or one for each prompt", help="How many pictures.")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, help="The first picture's seed; the next one has the next.")
 @click.option("--batch-size", type=click.IntRange(1), show_default="32, or 1 with --pipeline",
               help="How many at a time; it changes a picture by rounding only.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), default=Path("ksag-samples.png"),
-              help="A .png file for one grid, or a folder for one PNG per seed.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), show_default="ksag-samples.png, or ksag-samples-2.png and so on",
+              help="A .png file for one grid, or a folder for one PNG per seed. A file that exists is replaced.")  # fmt: skip
 @click.option("--compare", is_flag=True, help="Plain beside SAG in each picture, from the same noise.")
 @click.option("--zoom", type=click.IntRange(1, 16), default=1, help="Enlarge the pictures so many times.")
 @sampling_options()
@@ -86,8 +109,8 @@ def into_grid(out: Path, seeds: range, size: int, make: Make, describe: Describe
               help="What the model computes in.")  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="Compile the model: minutes at first, faster steps.")
 @click.option("--cuda-graphs", is_flag=True, help="Replay the model's calls as CUDA graphs: faster small batches.")
-def sample(
-    n: int | None, seed: int, batch_size: int | None, out: Path, compare: bool, zoom: int,
+def command(
+    n: int | None, seed: int, batch_size: int | None, out: Path | None, compare: bool, zoom: int,
     sampler: str, steps: int, schedule: str, device: torch.device, dtype: str | None, compiled: bool, cuda_graphs: bool,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -101,7 +124,9 @@ def sample(
 
     The options of SAG show the library's defaults; the bundled model has recommended ones of its own.
     """
+    out = out or picture.free_name(Path("ksag-samples.png"))
     picture.check_writable(out)
+    _check_grid(out, n or 1)
     if cuda_graphs and options["offload"]:
         raise click.UsageError("--offload moves the weights, and --cuda-graphs needs them to stay in place: give one of them.")
     if sampler == "dpm_adaptive" and batch_size not in (None, 1):
@@ -115,6 +140,9 @@ def sample(
         model = open_model(options, process.device, DTYPES[dtype])
         sag = {**SAG_DEFAULTS, **model.recommended, **sag}
         seeds = range(seed, seed + (n or (len(model.prompts) if options["pipeline"] else 10)))
+        _check_grid(out, len(seeds))
+        if seeds[-1] > MAX_SEED:
+            raise click.UsageError(f"--seed {seed}: the last seed would be {seeds[-1]}, and the highest is {MAX_SEED}.")
         size = 1 if sampler == "dpm_adaptive" else batch_size or (1 if options["pipeline"] else 32)
         fields = {
             **sampling_fields(model, sag, sampler, steps, schedule),
@@ -124,13 +152,15 @@ def sample(
         }
 
         def describe(seed: int) -> str:
-            return infotext(in_turn(model.prompts, seed), model.negative_prompt, fields, seed)
+            return infotext(for_seed(model.prompts, seed), model.negative_prompt, fields, seed)
 
         sigmas = model.sigmas(steps, schedule)
         if process.is_main and sampler != "dpm_adaptive":
             warn_if_idle(sigmas, sag)
-        folder = None if out.suffix else Folder(out, {"Prompt": model.prompts, "Negative prompt": model.negative_prompt, **fields})
-        with ksag.SAGDenoiser(model.denoiser, cond_key=model.cond_key, **sag) as guided:
+        settings = {"Prompt": model.prompts, "Negative prompt": model.negative_prompt, **fields}
+        with contextlib.ExitStack() as stack:
+            guided = stack.enter_context(ksag.SAGDenoiser(model.denoiser, cond_key=model.cond_key, **sag))
+            folder = None if out.suffix else stack.enter_context(Folder(out, settings))
             if compiled:
                 denoiser: Any = model.denoiser
                 denoiser.inner_model = torch.compile(denoiser.inner_model, dynamic=False)
