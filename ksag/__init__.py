@@ -5,8 +5,9 @@ from ksag.denoiser import GuidedDenoiser, SAGDenoiser
 from ksag.flow import FlowDenoiser
 from ksag.guidance import cfg
 from ksag.guidance.direction import Ask, Call, Direction
-from ksag.guidance.perturbed import PAG, SEG
+from ksag.guidance.pag import PAG
 from ksag.guidance.sag import SAG, Guidance, self_attention_guidance
+from ksag.guidance.seg import SEG
 from ksag.guidance.trace import Trace, TraceStep
 
 __all__ = [

@@ -28,7 +28,7 @@ class Ask(NamedTuple):
     cond: Conditioning
     """Its conditioning: usually `call.cond` or `call.uncond`."""
     attention: Formula | None = None
-    """Replaces the output of the direction's attention layers for these rows: `ksag.guidance.perturbed.identity`, say. With CUDA
+    """Replaces the output of the direction's attention layers for these rows: `ksag.guidance.pag.identity`, say. With CUDA
     graphs, pass the same function, or an equal object, at each call."""
     output: Replace | None = None
     """Replaces the output of the direction's `modules` for these rows: (args, kwargs, output) → the new output."""

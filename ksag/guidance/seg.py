@@ -1,7 +1,7 @@
-"""Directions away from a prediction with perturbed self-attention: g − p, for one more row per sample in the same batch.
+"""Smoothed Energy Guidance: away from a prediction in which some layers attend with blurred queries.
 
-PAG: Ahn et al., "Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance", ECCV 2024, arXiv:2403.17377.
-SEG: Hong, "Smoothed Energy Guidance", NeurIPS 2024, arXiv:2408.00760.
+Hong, "Smoothed Energy Guidance: Guiding Diffusion Models with Reduced Energy Curvature of Attention", NeurIPS 2024,
+arXiv:2408.00760.
 """
 
 import math
@@ -13,20 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ksag.attention.families import Attention
-from ksag.attention.visit import Formula
 from ksag.guidance.blur import gaussian_blur
 from ksag.guidance.direction import Ask, Call, Direction, Layers, Setting
 from ksag.model import parameters
 
 
-def identity(attention: Attention) -> Tensor:
-    """The attention map of PAG: each token attends to itself alone, so that its output is its own value (section 4.1)."""
-    return attention.image_values
-
-
 @dataclass(frozen=True)
 class BlurredQueries:
-    """The attention of SEG: softmax(blur(q) kᵀ · scale) v, the queries blurred over the token grid (section 4.2).
+    """softmax(blur(q) kᵀ · scale) v, with the queries blurred over the token grid (section 4.2).
 
     Args:
         sigma: standard deviation of the Gaussian in tokens; inf replaces the queries by their mean.
@@ -60,51 +54,8 @@ def kernel_sizes(sigma: float, grid: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(wanted, side + 1 - side % 2) if side > 1 else 1 for side in grid)
 
 
-class Perturbed(Direction):
-    """g − p, with p the conditional prediction with `formula` as the attention of the chosen layers."""
-
-    @property
-    def formula(self) -> Formula:
-        raise NotImplementedError
-
-    def ask(self, call: Call) -> Sequence[Ask]:
-        return [Ask(call.x, call.cond, attention=self.formula)]
-
-    def direction(self, call: Call, answers: Sequence[Tensor]) -> Tensor:
-        [p] = answers
-        call.keep(perturbed=p)
-        return call.g - p
-
-
-class PAG(Perturbed):
-    """Perturbed-Attention Guidance: p has the identity as its attention map.
-
-    Args:
-        scale: strength s; diffusers' `pag_scale`. Per call: `pag_scale`.
-        attention: one layer or a list of layers.
-        sigma_range, every: see `ksag.Direction`.
-    """
-
-    name = "PAG"
-    keywords: ClassVar = {"pag_scale": "scale"}
-
-    def __init__(
-        self,
-        scale: float | Tensor = 3.0,
-        attention: Layers = "middle",
-        *,
-        sigma_range: tuple[float, float] = (0.0, math.inf),
-        every: int = 1,
-    ):
-        super().__init__(scale, attention, sigma_range=sigma_range, every=every)
-
-    @property
-    def formula(self) -> Formula:
-        return identity
-
-
-class SEG(Perturbed):
-    """Smoothed Energy Guidance: p has blurred queries.
+class SEG(Direction):
+    """g − p, with p the conditional prediction with `BlurredQueries` as the attention of the chosen layers: one more row per sample.
 
     Args:
         scale: strength. Per call: `seg_scale`.
@@ -119,17 +70,16 @@ class SEG(Perturbed):
     blur_sigma = Setting(parameters.seg_blur_sigma)
 
     def __init__(
-        self,
-        scale: float | Tensor = 3.0,
-        blur_sigma: float = math.inf,
-        attention: Layers = "middle",
-        *,
-        sigma_range: tuple[float, float] = (0.0, math.inf),
-        every: int = 1,
-    ):
+        self, scale: float | Tensor = 3.0, blur_sigma: float = math.inf, attention: Layers = "middle", *,
+        sigma_range: tuple[float, float] = (0.0, math.inf), every: int = 1,
+    ):  # fmt: skip
         super().__init__(scale, attention, sigma_range=sigma_range, every=every)
         self.blur_sigma = blur_sigma
 
-    @property
-    def formula(self) -> Formula:
-        return BlurredQueries(self.blur_sigma)
+    def ask(self, call: Call) -> Sequence[Ask]:
+        return [Ask(call.x, call.cond, attention=BlurredQueries(self.blur_sigma))]
+
+    def direction(self, call: Call, answers: Sequence[Tensor]) -> Tensor:
+        [p] = answers
+        call.keep(perturbed=p)
+        return call.g - p
