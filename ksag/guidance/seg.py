@@ -55,7 +55,7 @@ def kernel_sizes(sigma: float, grid: Sequence[int]) -> tuple[int, ...]:
 
 
 class SEG(Direction):
-    """g − p, with p the conditional prediction with `BlurredQueries` as the attention of the chosen layers: one more row per sample.
+    """g − p, with p the conditional prediction with `BlurredQueries` as the attention of the chosen layers: a row more per sample.
 
     Args:
         scale: strength. Per call: `seg_scale`.
