@@ -273,7 +273,7 @@ class Around(nn.Module):
         self.name = name
 
     def forward(self, x):
-        args = [torch.ones(x.shape[0], 1)] * len(self.block_args)
+        args = [x.new_ones(x.shape[0], 1)] * len(self.block_args)
         return self.out(self.get_submodule(self.name)(self.conv(x), *args))
 
 

@@ -56,3 +56,84 @@ def sag(D, x, cond, uncond, cond_scale, sag_scale, blur_sigma, kernel_size, grid
     d = mask * blurred(u, blur_sigma, kernel_size) + (1 - mask) * u
     r = D((d + (x.double() - u)).to(x.dtype), uncond).double()
     return cfg + (d - r) * sag_scale
+
+
+def tensors(step):
+    """All tensors of a step of a trace."""
+    return [step.sigma, step.uncond, step.cond, step.direction, *step.parts.values()]
+
+
+def same_steps(steps, others):
+    """Whether two traces hold the same, bit for bit."""
+    return len(steps) == len(others) and all(
+        one.name == other.name and one.parts.keys() == other.parts.keys() and all(map(torch.equal, tensors(one), tensors(other)))
+        for one, other in zip(steps, others, strict=True)
+    )
+
+
+# PAG and SEG: the model's own code, with another attention map
+
+
+class Perturbed(TorchFunctionMode):
+    """While a layer runs, its attention map is the identity, or its queries are blurred.
+
+    The layer computes this itself: of `scaled_dot_product_attention`, the arguments are changed; of a softmax, the result or the
+    logits, which are linear in the queries.
+
+    Args:
+        layers: the modules.
+        how: "identity", or the standard deviation of the blur in tokens.
+        grid: (h', w') of the tokens.
+    """
+
+    def __init__(self, layers, how, grid):
+        super().__init__()
+        self.how, self.grid, self.inside, self.layers = how, grid, False, layers
+
+    def __enter__(self):
+        self.handles = []
+        for layer in self.layers:
+            self.handles.append(layer.register_forward_pre_hook(lambda *_: setattr(self, "inside", True)))
+            self.handles.append(layer.register_forward_hook(lambda *_: setattr(self, "inside", False)))
+        return super().__enter__()
+
+    def __exit__(self, *exc_info):
+        for handle in self.handles:
+            handle.remove()
+        return super().__exit__(*exc_info)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_softmax = func in (torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax)
+        if self.inside and func is torch.nn.functional.scaled_dot_product_attention:
+            q, k, v, *others = args
+            if self.how == "identity":
+                return v[..., -q.shape[-2] :, :]
+            args = (blurred_queries(q, self.how, self.grid), k, v, *others)
+        elif self.inside and is_softmax and self.how != "identity":
+            args = (blurred_queries(args[0], self.how, self.grid), *args[1:])
+        result = func(*args, **kwargs)
+        if self.inside and is_softmax and self.how == "identity":
+            queries, keys = result.shape[-2:]
+            identity = torch.eye(keys, dtype=result.dtype)[keys - queries :]
+            return identity.expand_as(result).clone()
+        return result
+
+
+def blurred_queries(q, sigma, grid):
+    """(..., tokens, d), blurred as in the code of the SEG paper (arXiv:2408.00760), with one kernel for each side."""
+    if sigma == float("inf"):
+        return q.mean(dim=-2, keepdim=True).expand_as(q)
+    planes = q.transpose(-1, -2).reshape(-1, 1, *grid)
+    size = int(np.ceil(6 * sigma)) + 1 - int(np.ceil(6 * sigma)) % 2
+    sizes = [min(size, side - (side % 2 - 1)) for side in grid]
+    kernels = []
+    for size in sizes:
+        half = (size - 1) * 0.5
+        weights = torch.exp(-0.5 * (torch.linspace(-half, half, size, dtype=torch.float64) / sigma) ** 2)
+        kernels.append(weights / weights.sum())
+    kernel = kernels[0][:, None] * kernels[1][None, :]
+    padding = [sizes[1] // 2] * 2 + [sizes[0] // 2] * 2
+    padded = torch.nn.functional.pad(planes.double(), padding, mode="reflect")
+    blurred = torch.nn.functional.conv2d(padded, kernel[None, None])
+    return blurred.reshape(*q.shape[:-2], q.shape[-1], q.shape[-2]).transpose(-1, -2).to(q.dtype)

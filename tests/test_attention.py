@@ -80,7 +80,7 @@ def test_a_layer_that_does_not_run_is_an_error(denoiser):
     tap = AttentionTap(denoiser, "middle")
     with tap.recording(rows=2) as seen:
         pass
-    with pytest.raises(RuntimeError, match="ran for 0 of the latent's 2 samples"):
+    with pytest.raises(RuntimeError, match="ran for 0 of 2 samples"):
         seen.saliency()
 
 
@@ -88,7 +88,7 @@ def test_hooks_record_nothing_outside_a_recording_and_leave_no_trace(denoiser, m
     before = {name: p.clone() for name, p in denoiser.state_dict().items()}
     x, sigma, cond, _ = inputs()
     plain = denoiser(x, sigma, mapping_cond=cond)
-    monkeypatch.setattr(ksag.attention.tap, "saliency", lambda *_: pytest.fail("recorded outside a recording"))
+    monkeypatch.setattr(ksag.attention.tap, "attended", lambda *_: pytest.fail("recorded outside a recording"))
     tap = AttentionTap(denoiser, "middle")
     assert torch.equal(denoiser(x, sigma, mapping_cond=cond), plain)
     assert hooks(denoiser) > 0
@@ -105,7 +105,7 @@ def test_an_error_in_the_middle_of_a_pass_leaves_nothing_recording(denoiser, mon
     with pytest.raises(ZeroDivisionError), tap.recording(rows=2):
         denoiser(x, sigma, mapping_cond=cond)
     fail.remove()
-    monkeypatch.setattr(ksag.attention.tap, "saliency", lambda *_: pytest.fail("still recording"))
+    monkeypatch.setattr(ksag.attention.tap, "attended", lambda *_: pytest.fail("still recording"))
     denoiser(x, sigma, mapping_cond=cond)
 
 
