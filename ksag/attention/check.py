@@ -1,5 +1,7 @@
 """Whether what was read is what the layer applied: its attention recomputed from q, k and v, against the layer's own output."""
 
+import threading
+
 import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
@@ -91,6 +93,7 @@ class Pending:
 
     def __init__(self) -> None:
         self._waiting: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
+        self._one_reads = threading.Lock()  # threads share a layer
 
     def add(self, call: int, value: Tensor) -> None:
         """`value` is the error found at the `call`-th call."""
@@ -105,8 +108,9 @@ class Pending:
 
     def failed(self) -> tuple[int, float] | None:
         """The first call with an error above 1, and the error, among those that are there; they are dropped."""
-        while self._waiting and (self._waiting[0][2] is None or self._waiting[0][2].query()):
-            call, value, _ = self._waiting.pop(0)
-            if float(value) > 1:
-                return call, float(value)
+        with self._one_reads:
+            while self._waiting and (self._waiting[0][2] is None or self._waiting[0][2].query()):
+                call, value, _ = self._waiting.pop(0)
+                if float(value) > 1:
+                    return call, float(value)
         return None
