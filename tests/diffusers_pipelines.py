@@ -54,11 +54,11 @@ def sdxl_unet():
     )  # fmt: skip
 
 
-def vae(**options):
+def vae(latent_channels=4, **options):
     torch.manual_seed(1)
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"), up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(16, 16), norm_num_groups=8, latent_channels=4, sample_size=16, **options,
+        block_out_channels=(16, 16), norm_num_groups=8, latent_channels=latent_channels, sample_size=16, **options,
     )  # fmt: skip
     return randomise(model)
 
@@ -156,3 +156,14 @@ def stable_diffusion_xl(folder, vae_options=None):
         tokenizer=words, tokenizer_2=words, unet=sdxl_unet(), scheduler=scheduler(), add_watermarker=False,
     )  # fmt: skip
     return through_disk(pipe, folder / "pipe")
+
+
+def relative(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def at_timesteps_of(schedule, denoiser, latents, steps):
+    """k-diffusion's x and sigmas for DDIM latents and timesteps: x = latents / sqrt(alphas_cumprod)."""
+    schedule.set_timesteps(steps)
+    sigmas = torch.cat([denoiser.sigmas[schedule.timesteps], denoiser.sigmas[:1]])  # set_alpha_to_one=False ends at timestep 0
+    return latents * (1 + sigmas[0] ** 2).sqrt(), sigmas

@@ -10,11 +10,8 @@ from torch import nn
 import ksag
 from ksag.flow import SIGMA_MAX, T_MAX, FlowDenoiser
 from ksag.samplers import SAMPLERS, sample
+from tests.diffusers_pipelines import relative
 from tests.models import CLASSES, inputs, make_denoiser
-
-
-def relative(actual, expected):
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 class Velocity(nn.Module):

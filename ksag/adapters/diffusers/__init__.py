@@ -11,6 +11,5 @@ from ksag.adapters.diffusers.denoisers import DiscreteDenoiser, EDMDenoiser, den
 from ksag.adapters.diffusers.loading import load
 from ksag.adapters.diffusers.pictures import decode, encode
 from ksag.adapters.diffusers.prompts import conditioning
-from ksag.adapters.diffusers.unets import call_unet
 
-__all__ = ["ControlledUNet", "DiscreteDenoiser", "EDMDenoiser", "call_unet", "conditioning", "decode", "denoiser", "encode", "load"]
+__all__ = ["ControlledUNet", "DiscreteDenoiser", "EDMDenoiser", "conditioning", "decode", "denoiser", "encode", "load"]

@@ -1,4 +1,4 @@
-"""A diffusers UNet and its scheduler as a k-diffusion denoiser."""
+"""A diffusers UNet or transformer and its scheduler as a k-diffusion denoiser."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ksag.adapters.diffusers.controlnet import ControlledUNet
-from ksag.adapters.diffusers.unets import call_unet, execution_device
+from ksag.adapters.diffusers.flow import ScheduledFlowDenoiser, shift_of, tokens_of
+from ksag.adapters.diffusers.networks import call_network, execution_device, network_of
+from ksag.adapters.diffusers.transformers import spatial
+from ksag.flow import FlowDenoiser
 
 Scalings: TypeAlias = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 """(sigma, sigma_data) → (c_skip, c_out): denoised = c_skip · x + c_out · F(c_in · x), with c_in = 1 / √(σ² + σ_data²)."""
@@ -53,7 +56,7 @@ def _denoised(model: "DiscreteDenoiser | EDMDenoiser", x: Tensor, sigma: Tensor,
     wide, sigma = x.to(dtype), sigma.to(dtype)
     c_in = (sigma**2 + model.sigma_data**2) ** -0.5
     c_skip, c_out, c_in = (K.utils.append_dims(c, x.ndim) for c in (*model.scalings(sigma, model.sigma_data), c_in))
-    prediction = call_unet(model.inner_model, wide * c_in, model.sigma_to_t(sigma), **kwargs)
+    prediction = call_network(model.inner_model, wide * c_in, model.sigma_to_t(sigma), **kwargs)
     return (wide * c_skip + prediction * c_out).to(x.dtype)
 
 
@@ -103,17 +106,17 @@ class EDMDenoiser(nn.Module):
         return self.sigmas[-1]
 
     def get_sigmas(self, n: int | None = None) -> Tensor:
-        """(n + 1,) noise levels from the highest to 0, spaced as the scheduler spaces them; without n all that there are."""
+        """(n + 1,) noise levels from the highest to 0, spaced as the scheduler spaces them; without n, all of them."""
         if n is None:
             return K.sampling.append_zero(self.sigmas.flip(0))
         return self.schedule(n, float(self.sigma_min), float(self.sigma_max), device=self.sigmas.device)
 
     def sigma_to_t(self, sigma: Tensor) -> Tensor:
-        """(b,) noise levels → (b,) what the UNet takes as its timestep."""
+        """(b,) noise levels → (b,) timesteps of the UNet."""
         return sigma.log() / 4
 
     def t_to_sigma(self, t: Tensor) -> Tensor:
-        """(b,) what the UNet takes as its timestep → (b,) noise levels."""
+        """(b,) timesteps of the UNet → (b,) noise levels."""
         return (t * 4).exp()
 
     def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
@@ -121,26 +124,39 @@ class EDMDenoiser(nn.Module):
         return _denoised(self, input, sigma, kwargs)
 
 
-def denoiser(model: Any, scheduler: Any = None, *, quantize: bool = False) -> DiscreteDenoiser | EDMDenoiser:
-    """A k-diffusion denoiser with `sigmas`, `get_sigmas`, `sigma_min`, `sigma_max`, `sigma_data`, `sigma_to_t` and `t_to_sigma`.
+def denoiser(
+    model: Any,
+    scheduler: Any = None,
+    *,
+    quantize: bool = False,
+    size: tuple[int, int] | None = None,
+    shift: float | None = None,
+) -> DiscreteDenoiser | EDMDenoiser | FlowDenoiser:
+    """A k-diffusion denoiser with `sigmas`, `get_sigmas`, `sigma_min`, `sigma_max`, `sigma_to_t` and `t_to_sigma`.
 
-    Its conditioning is a dict of the UNet's keywords: wrap it with `ksag.SAGDenoiser(denoiser, cond_key=None)`.
-    Its schedule lies where the UNet computes, offloaded or not: so must `x` and `sigma`.
+    Its conditioning is a dict of the network's keywords: wrap it with `ksag.SAGDenoiser(denoiser, cond_key=None)`.
+    Its noise levels are on the device where the network computes, offloaded or not; put `x` and `sigma` there as well.
 
-    A pipeline's ControlNet takes part; `conditioning(pipe, prompt, control=picture)` gives it its picture. A T2I-Adapter's
+    A network trained by flow matching (Stable Diffusion 3, Flux, a UNet with a scheduler for it) becomes a `ksag.FlowDenoiser`.
+    Latents are (b, c, h, w) for every model, Flux and Qwen-Image included.
+
+    A pipeline's ControlNet is included; `conditioning(pipe, prompt, control=picture)` passes it the picture. A T2I-Adapter's
     residuals go into cond and uncond, as `down_intrablock_additional_residuals`.
 
-    At a zero terminal SNR, whose last sigma would be infinite, it is 4518.77, as in ComfyUI and A1111.
+    At a zero terminal SNR, the last sigma would be infinite. It is 4518.77, as in ComfyUI and A1111.
 
     Args:
-        model: a diffusers pipeline with `unet` and `scheduler`, or a UNet.
-        scheduler: the diffusers scheduler of a UNet; only its noise levels and its `prediction_type` are used.
-        quantize: round sigma to the nearest timestep the model was trained at, rather than interpolate.
+        model: a diffusers pipeline with `unet` or `transformer`, and `scheduler`; or a UNet or a transformer.
+        scheduler: the diffusers scheduler of a network; only its noise levels and its `prediction_type` are used.
+        quantize: round sigma to the nearest timestep the model was trained at instead of interpolating. Discrete schedules only.
+        size: (height, width) of the picture in pixels, on which some schedulers' shift depends (Flux's); by default the size that
+            the model was trained on.
+        shift: the shift of sigma; by default the scheduler's. Flow matching only.
 
     Raises:
-        TypeError: a UNet without a scheduler, or neither a UNet nor a pipeline with one.
-        ValueError: a scheduler whose noise levels k-diffusion cannot represent, such as flow matching, an unknown
-            `prediction_type`, or a pipeline with a T2I-Adapter or another kind of ControlNet.
+        TypeError: a network without a scheduler, or an object that is no network and no pipeline.
+        ValueError: a scheduler whose noise levels k-diffusion cannot represent, an unknown `prediction_type`, a transformer that
+            ksag does not support, or a pipeline with a T2I-Adapter or another kind of ControlNet.
 
     >>> import ksag
     >>> from diffusers import DDIMScheduler, UNet2DModel
@@ -152,22 +168,34 @@ def denoiser(model: Any, scheduler: Any = None, *, quantize: bool = False) -> Di
     >>> guided(torch.randn(1, 3, 16, 16), torch.ones(1)).shape
     torch.Size([1, 3, 16, 16])
     """
-    unet, scheduler = (model, scheduler) if isinstance(model, nn.Module) else _parts_of(model, scheduler)
+    network, scheduler = (model, scheduler) if isinstance(model, nn.Module) else _parts_of(model, scheduler)
     name = type(scheduler).__name__
     if scheduler is None:
-        raise TypeError(f"A {type(unet).__name__} alone has no noise levels: give its scheduler too, denoiser(unet, scheduler).")
-    if "FlowMatch" in name or getattr(scheduler.config, "use_flow_sigmas", False):
-        raise ValueError(
-            f"{name} is for flow matching, whose latents are mixed with noise in another way than k-diffusion's samplers assume: "
-            f"ksag does not support it."
+        raise TypeError(
+            f"A {type(network).__name__} alone has no noise levels: give its scheduler too, denoiser(network, scheduler)."
         )
+    flow = "FlowMatch" in name or getattr(scheduler.config, "use_flow_sigmas", False)
+    if not flow and shift is not None:
+        raise ValueError(f"shift= (--shift) is for flow matching, and {name} has other noise levels: leave it out.")
+    if quantize and (flow or hasattr(scheduler, "precondition_outputs")):
+        raise ValueError(f"quantize=True rounds to a timestep, and a model for {name} has none: leave it out.")
     if getattr(scheduler.config, "timestep_type", "discrete") != "discrete":
         raise ValueError(
             f"{name} has timestep_type={scheduler.config.timestep_type!r}; for such a model give an EDMEulerScheduler."
         )
-    if hasattr(scheduler, "precondition_outputs"):
-        return _edm(unet, scheduler, quantize)
-    return _discrete(unet, scheduler, quantize)
+    if not flow:
+        if network is not model and not _is_unet(network):
+            raise TypeError(
+                f"A {type(model).__name__} has a transformer that was not trained by flow matching: ksag takes a UNet there."
+            )
+        return _edm(network, scheduler) if hasattr(scheduler, "precondition_outputs") else _discrete(network, scheduler, quantize)
+    if scheduler.config.get("prediction_type", "flow_prediction") != "flow_prediction":
+        raise ValueError(
+            f"{name} has flow sigmas, but prediction_type={scheduler.config.prediction_type!r}: expected flow_prediction."
+        )
+    if shift is None:
+        shift = shift_of(scheduler, None if network is model else tokens_of(model, size))
+    return ScheduledFlowDenoiser(network if _is_unet(network) else spatial(network), scheduler, shift)
 
 
 def _discrete(unet: nn.Module, scheduler: Any, quantize: bool) -> DiscreteDenoiser:
@@ -194,10 +222,8 @@ def _discrete(unet: nn.Module, scheduler: Any, quantize: bool) -> DiscreteDenois
     return DiscreteDenoiser(unet, schedule, scalings, quantize)
 
 
-def _edm(unet: nn.Module, scheduler: Any, quantize: bool) -> EDMDenoiser:
+def _edm(unet: nn.Module, scheduler: Any) -> EDMDenoiser:
     config = scheduler.config
-    if quantize:
-        raise ValueError(f"quantize=True rounds to a timestep, and a model for {type(scheduler).__name__} has none: leave it out.")
     spacings = {
         "karras": functools.partial(K.sampling.get_sigmas_karras, rho=config.rho),
         "exponential": K.sampling.get_sigmas_exponential,
@@ -214,11 +240,17 @@ def _of_prediction(scheduler: Any, known: dict[str, Scalings]) -> Scalings:
     return known[prediction]
 
 
+def _is_unet(network: nn.Module) -> bool:
+    return isinstance(network, ControlledUNet) or "UNet" in type(network).__name__
+
+
 def _parts_of(pipe: Any, scheduler: Any) -> tuple[nn.Module, Any]:
     """What makes a pipeline's predictions, and its scheduler."""
-    name = type(pipe).__name__
-    if not isinstance(getattr(pipe, "unet", None), nn.Module):
-        raise TypeError(f"Expected a diffusers pipeline with a UNet (`unet`), or a UNet and its scheduler; got a {name}.")
+    name, network = type(pipe).__name__, network_of(pipe)
+    if network is None or not hasattr(pipe, "scheduler"):
+        raise TypeError(
+            f"Expected a diffusers pipeline with a UNet or transformer, or such a network and its scheduler; got a {name}."
+        )
     if getattr(pipe, "adapter", None) is not None:
         raise ValueError(
             f"A {name} has a T2I-Adapter, which a denoiser of its UNet would leave out. Call denoiser(pipe.unet, pipe.scheduler), "
@@ -228,6 +260,6 @@ def _parts_of(pipe: Any, scheduler: Any) -> tuple[nn.Module, Any]:
     if controlnet is not None and type(controlnet).__name__ not in ("ControlNetModel", "MultiControlNetModel"):
         raise ValueError(
             f"A {name} has a {type(controlnet).__name__}, which ksag does not support: it takes a ControlNetModel. To go without "
-            f"it, denoiser(pipe.unet, pipe.scheduler)."
+            f"it, denoiser(network, pipe.scheduler) of its UNet or transformer."
         )
-    return pipe.unet if controlnet is None else ControlledUNet(pipe.unet, controlnet), scheduler or pipe.scheduler
+    return network if controlnet is None else ControlledUNet(network, controlnet), scheduler or pipe.scheduler

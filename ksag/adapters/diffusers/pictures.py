@@ -7,16 +7,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ksag.adapters.diffusers.unets import execution_device
+from ksag.adapters.diffusers.networks import execution_device, multiple_of
 
 
 def _normalisation(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """Mean and factor: the UNet knows the VAE's latents as (latents - mean) * factor."""
+    """Mean and factor: the network was trained on (latents - mean) * factor."""
     mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    factor = getattr(vae.config, "scaling_factor", 1.0)
     if mean is None or std is None:
-        return 0.0, vae.config.scaling_factor
+        return getattr(vae.config, "shift_factor", None) or 0.0, factor
     mean, std = (latents.new_tensor(channels).view(1, -1, 1, 1) for channels in (mean, std))
-    return mean, vae.config.scaling_factor / std
+    return mean, factor / std
+
+
+def _is_of_video(vae: Any) -> bool:
+    """Whether it takes (b, c, frames, h, w), as Qwen-Image's does."""
+    return hasattr(vae.config, "temperal_downsample")
 
 
 def _finite(values: Tensor, vae: Any) -> Tensor:
@@ -30,17 +36,18 @@ def _finite(values: Tensor, vae: Any) -> Tensor:
 
 @torch.no_grad()
 def encode(pipe: Any, images: Tensor | Image.Image | Sequence[Image.Image], *, size: tuple[int, int] | None = None) -> Tensor:
-    """Pictures → latents, the mode of the VAE's posterior, scaled as the UNet expects (`scaling_factor`). No gradients.
+    """Pictures → latents, the mode of the VAE's posterior, shifted and scaled as the network expects. No gradients.
 
         latents = encode(pipe, Image.open("cat.jpg"), size=(512, 768))
 
     Args:
         pipe: the pipeline; only its `vae` is used, in its dtype, where it computes.
         images: (b, 3, H, W) in [-1, 1], or a PIL picture, or several of one size.
-        size: (height, width) in pixels that PIL pictures are resized to; by default theirs, down to a multiple of 8.
+        size: (height, width) in pixels that PIL pictures are resized to; by default theirs, rounded down to a
+            multiple of 8, or of 16 for a transformer.
 
     Returns:
-        (b, 4, h, w), as a rule an eighth of H and W, of the dtype of `images`; float32 for PIL pictures, where the VAE computes.
+        (b, c, h, w), usually an eighth of H and W, of the dtype of `images`; float32 for PIL pictures, where the VAE computes.
 
     Raises:
         TypeError: no pictures.
@@ -53,8 +60,9 @@ def encode(pipe: Any, images: Tensor | Image.Image | Sequence[Image.Image], *, s
         raise ValueError("size= is for PIL pictures; resize a tensor with torch.nn.functional.interpolate.")
     elif images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"Expected pictures of shape (b, 3, H, W) in [-1, 1], got {tuple(images.shape)}.")
-    latents = vae.encode(images.to(execution_device(vae), vae.dtype)).latent_dist.mode()
-    latents = _finite(latents, vae).to(images.dtype)
+    pixels = images.to(execution_device(vae), vae.dtype)
+    latents = vae.encode(pixels.unsqueeze(2) if _is_of_video(vae) else pixels).latent_dist.mode()
+    latents = _finite(latents.squeeze(2) if _is_of_video(vae) else latents, vae).to(images.dtype)
     mean, factor = _normalisation(vae, latents)
     return (latents - mean) * factor
 
@@ -66,7 +74,9 @@ def _from_pil(pipe: Any, images: Image.Image | Sequence[Image.Image], size: tupl
         raise TypeError(f"Expected a tensor (b, 3, H, W) in [-1, 1], or PIL pictures, got {images!r}.")
     if size is None and len({picture.size for picture in pictures}) > 1:
         raise ValueError(f"PIL pictures of several sizes, {sorted({p.size for p in pictures})}: give size=(height, width).")
-    return pipe.image_processor.preprocess([picture.convert("RGB") for picture in pictures], *(size or ()))
+    step = multiple_of(pipe)
+    height, width = size or (max(side // step, 1) * step for side in pictures[0].size[::-1])
+    return pipe.image_processor.preprocess([picture.convert("RGB") for picture in pictures], height, width)
 
 
 @overload
@@ -83,7 +93,7 @@ def decode(pipe: Any, latents: Tensor, *, pil: bool = False) -> Tensor | list[Im
 
     Args:
         pipe: the pipeline; only its `vae` is used, in its dtype, where it computes.
-        latents: (b, 4, h, w), as a sampler returns them.
+        latents: (b, c, h, w), as a sampler returns them.
         pil: whether to return PIL pictures.
 
     Returns:
@@ -94,6 +104,7 @@ def decode(pipe: Any, latents: Tensor, *, pil: bool = False) -> Tensor | list[Im
     """
     vae = pipe.vae
     mean, factor = _normalisation(vae, latents)
-    raw = latents / factor + mean
-    images = _finite(vae.decode(raw.to(execution_device(vae), vae.dtype), return_dict=False)[0], vae)
+    raw = (latents / factor + mean).to(execution_device(vae), vae.dtype)
+    (images,) = vae.decode(raw.unsqueeze(2) if _is_of_video(vae) else raw, return_dict=False)
+    images = _finite(images.squeeze(2) if _is_of_video(vae) else images, vae)
     return pipe.image_processor.postprocess(images, output_type="pil") if pil else images.to(latents.dtype)

@@ -1,4 +1,4 @@
-"""Prompts of any length → what the UNet takes, with a pipeline's text encoders."""
+"""Prompts of any length → the keywords of a UNet or transformer, with a pipeline's text encoders."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksag.adapters.diffusers.unets import execution_device
+from ksag.adapters.diffusers import transformer_prompts
+from ksag.adapters.diffusers.networks import execution_device, trained_size
 
 Prompt = str | Sequence[str]
 
@@ -23,41 +24,54 @@ def conditioning(
     clip_skip: int | None = None,
     n: int = 1,
     size: tuple[int, int] | None = None,
+    guidance: float | None = None,
     control: Any = None,
     control_scale: float | Sequence[float] = 1.0,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """cond and uncond of a Stable Diffusion 1.x, 2.x or XL pipeline, `n` rows for each prompt. No gradients.
+) -> tuple[dict[str, Any], Any]:
+    """cond and uncond of a Stable Diffusion 1.x, 2.x, XL or 3, Flux, Chroma or Qwen-Image pipeline, `n` rows for each prompt.
 
         cond, uncond = conditioning(pipe, ["a cat", "a dog"], "blurry", n=2)   # four rows each
 
-    A prompt of more than 75 tokens is encoded in chunks, as in ComfyUI and A1111: up to 75 tokens each between a begin and an
-    end token, one after the other along the tokens. The cuts are where ComfyUI's are. A prompt shorter than another
-    in its list is filled up with empty chunks. Where cond and uncond are of different lengths, both are repeated to their least
-    common multiple, which leaves what the UNet attends to as it is. Parentheses and other weights are not interpreted.
+    For Stable Diffusion 1.x, 2.x and XL, a prompt of more than 75 tokens is encoded in chunks, as in ComfyUI and A1111: up to 75
+    tokens each between a begin and an end token, concatenated along the tokens. The cuts are where ComfyUI's are. A prompt
+    shorter than another in its list is filled up with empty chunks. If cond and uncond have different lengths, both are
+    repeated to their least common multiple, which does not change the UNet's cross-attention. The other pipelines encode
+    prompts themselves, and cut long ones with a warning.
+
+    Parentheses and other weights are not interpreted. No gradients.
 
     Args:
         pipe: the pipeline.
         prompt: one, or a list of them.
-        negative_prompt: what uncond is made of: one, or one for each prompt; by default what the pipeline takes for none,
-            an empty one, or zeros (as a rule SDXL's).
-        prompt_2, negative_prompt_2: for SDXL's second text encoder; by default the same.
-        clip_skip: how many of the text encoder's last layers to leave out, in prompts and negative prompts, as diffusers counts.
-            In A1111, this is "Clip skip" less 1; for SDXL, whose default is the last layer but one, "Clip skip" less 2.
+        negative_prompt: the prompt for uncond: one, or one for each prompt. The default is the pipeline's: an empty prompt, zeros
+            (usually for SDXL), or no uncond (Flux).
+        prompt_2, negative_prompt_2: for the second text encoder of SDXL, Stable Diffusion 3 and Flux; by default the same.
+        clip_skip: the number of the CLIP text encoders' last layers to leave out, in prompts and negative prompts, as diffusers
+            counts. In A1111, this is "Clip skip" minus 1; for XL and 3, whose default is the last layer but one, minus 2.
         n: pictures for each prompt.
-        size: (height, width) in pixels, which SDXL is told; by default what it was trained at.
+        size: (height, width) in pixels, an input of SDXL; by default what it was trained on.
+        guidance: the guidance scale for models that take it as an input, such as Flux dev; 3.5 by default.
         control: the picture for the pipeline's ControlNet: PIL, or a tensor (1, 3, H, W) in [0, 1], or one for each prompt; for
             several ControlNets a list, one for each.
-        control_scale: how strongly the ControlNet steers; for several a list.
+        control_scale: the strength of the ControlNet; for several a list.
 
     Returns:
-        Two dicts of the UNet's keywords, for a `SAGDenoiser` with `cond_key=None`: `encoder_hidden_states`
-            (rows, tokens, channels), and for SDXL `added_cond_kwargs`.
+        Two dicts of the network's keywords, for a `SAGDenoiser` with `cond_key=None`, such as `encoder_hidden_states`
+            (rows, tokens, channels). uncond is None for Flux without a negative prompt: sample with cond alone.
 
     Raises:
-        TypeError: a pipeline without CLIP text encoders.
-        ValueError: lists of different lengths, or an argument for what the pipeline does not have.
+        TypeError: a pipeline with other text encoders, or without.
+        ValueError: lists of different lengths, or an argument for something that the pipeline does not have.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if control is not None and getattr(pipe, "controlnet", None) is None:
+        raise ValueError(f"A {type(pipe).__name__} has no ControlNet, so it takes no control picture.")
+    if getattr(pipe, "transformer", None) is not None:
+        positive = _lists(prompts, prompt, prompt_2, 2)
+        negative = None if negative_prompt is None else _lists(prompts, negative_prompt, negative_prompt_2, 2)
+        return transformer_prompts.encode(pipe, positive, negative, n=n, guidance=guidance, clip_skip=clip_skip)
+    if guidance is not None:
+        raise ValueError("guidance= is for transformers that take their guidance scale as an input: leave it out.")
     encoders = _encoders(pipe)
     if len(encoders) == 1 and (prompt_2 is not None or negative_prompt_2 is not None):
         raise ValueError(f"A {type(pipe).__name__} has one text encoder, so it takes no prompt_2 and no negative_prompt_2.")
@@ -76,8 +90,6 @@ def conditioning(
             side["added_cond_kwargs"] = {"text_embeds": text_embeds.repeat_interleave(n, dim=0), "time_ids": time_ids}
         sides.append(side)
     if control is not None:
-        if getattr(pipe, "controlnet", None) is None:
-            raise ValueError(f"A {type(pipe).__name__} has no ControlNet, so it takes no control picture.")
         pictures = _control(pipe, control, size, len(prompts), n)
         scale = control_scale if isinstance(control_scale, (int, float)) else list(control_scale)
         for side in sides:
@@ -113,7 +125,7 @@ def _lists(prompts: list[str], first: Prompt, second: Prompt | None, encoders: i
 
 
 def _chunks(pipe: Any, tokenizer: Any, text: str) -> list[list[int]]:
-    """The text's tokens, as many at a time as fit between a begin and an end token; at least one chunk."""
+    """The text's tokens, in chunks that fit between a begin and an end token; at least one chunk."""
     words = text.split()  # word by word, because a tokenizer warns of texts that are too long for one chunk
     if hasattr(pipe, "maybe_convert_prompt"):
         words = pipe.maybe_convert_prompt(words, tokenizer)  # a textual inversion of several vectors becomes several tokens
@@ -127,7 +139,7 @@ def _padded(tokenizer: Any, chunk: list[int]) -> list[int]:
     return row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row))
 
 
-# Chunks → what the UNet takes
+# Chunks → the UNet's keywords
 
 
 def _encode(
@@ -161,17 +173,12 @@ def _hidden(pipe: Any, encoder: Any, ids: Tensor, clip_skip: int | None, is_xl: 
     return norm(out.hidden_states[-1 - skipped]), out[0]
 
 
-# What goes with the text
-
-
-def _size(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int]:
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    return size or (side, side)
+# The other keywords
 
 
 def _time_ids(pipe: Any, size: tuple[int, int] | None, negative: bool) -> list[float]:
-    """What SDXL is told of its pictures: their size before and after cropping, and from where; or to its refiner, how fine."""
-    height, width = _size(pipe, size)
+    """SDXL's input about its picture: the size before cropping, the corner, and the size after it, or the refiner's score."""
+    height, width = size or trained_size(pipe)
     if pipe.config.get("requires_aesthetics_score"):
         return [height, width, 0, 0, 2.5 if negative else 6.0]
     return [height, width, 0, 0, height, width]
@@ -189,7 +196,7 @@ def _control(pipe: Any, control: Any, size: tuple[int, int] | None, prompts: int
 def _rows(pipe: Any, pictures: Any, size: tuple[int, int] | None, prompts: int, n: int) -> Tensor:
     if isinstance(pictures, Tensor) and pictures.ndim != 4:
         raise ValueError(f"A control picture is a tensor (b, 3, H, W) in [0, 1], got {tuple(pictures.shape)}.")
-    rows = pipe.control_image_processor.preprocess(pictures, *_size(pipe, size))
+    rows = pipe.control_image_processor.preprocess(pictures, *(size or trained_size(pipe)))
     if rows.shape[0] not in (1, prompts):
         raise ValueError(f"{rows.shape[0]} control pictures for {prompts} prompts: give one for all, or one for each.")
     rows = rows.expand(prompts, -1, -1, -1).repeat_interleave(n, dim=0)

@@ -1,4 +1,4 @@
-"""How a diffusers UNet is called: its dtype, its device, and the keywords without which its image would be another."""
+"""How a diffusers UNet or transformer is called: its dtype, its device, and the keywords that it cannot do without."""
 
 from typing import Any
 
@@ -6,32 +6,32 @@ import torch
 from torch import Tensor, nn
 
 
-def call_unet(unet: nn.Module, x: Tensor, t: Tensor, concat: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """The UNet's prediction in the latent's dtype, computed in the UNet's own.
+def call_network(model: nn.Module, x: Tensor, t: Tensor, concat: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """The model's prediction in the latent's dtype, computed in the model's own.
 
     Args:
-        unet: a diffusers UNet.
-        x: (b, c, h, w), scaled as the UNet expects it.
-        t: (b,) timesteps, whole or between two.
-        concat: (b, c', h, w), the further channels of an inpainting UNet.
-        **kwargs: the UNet's own, such as `encoder_hidden_states`.
+        model: a diffusers UNet, or a transformer that takes spatial latents.
+        x: (b, c, h, w), scaled as the model expects it.
+        t: (b,) timesteps, whole or fractional.
+        concat: (b, c', h, w), the further channels of an inpainting or control model.
+        **kwargs: the model's own, such as `encoder_hidden_states`.
 
     Returns:
-        (b, c, h, w); a learned variance is left out.
+        (b, c, h, w), without a learned variance.
 
     Raises:
-        TypeError: the UNet has an IP-Adapter, or takes its guidance scale as an input, and the keyword for it is missing.
+        TypeError: the UNet has an IP-Adapter, or the model takes its guidance scale as an input, and that keyword is missing.
     """
-    _check_keywords(_config_of(unet), kwargs)
+    _check_keywords(_config_of(model), kwargs)
     both = x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1)
     # Copies, because diffusers takes a T2I-Adapter's residuals out of the list that it is given.
     kwargs = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
-    prediction = unet(both.to(computing_dtype(unet)), t, return_dict=False, **kwargs)[0]
+    prediction = model(both.to(computing_dtype(model)), t, return_dict=False, **kwargs)[0]
     return prediction[:, : x.shape[1]].to(x.dtype)
 
 
 def _config_of(model: nn.Module) -> Any:
-    """The UNet's, also if the model is a module around it."""
+    """The network's, also if the model is a module around it."""
     for module in model.modules():
         if hasattr(module, "config"):
             return module.config
@@ -45,6 +45,11 @@ def _check_keywords(config: Any, kwargs: dict[str, Any]) -> None:
             f"This UNet takes its guidance scale as an input, which is missing. Give cond and uncond a timestep_cond, (b, {size}): "
             f"pipe.get_guidance_scale_embedding(torch.full((b,), guidance_scale - 1), {size})."
         )
+    if getattr(config, "guidance_embeds", False) and kwargs.get("guidance") is None:
+        raise TypeError(
+            "This transformer takes its guidance scale as an input, which is missing: conditioning(pipe, prompt, guidance=3.5) "
+            "adds it to cond. If you make cond yourself, add a tensor (b,) with the key 'guidance'."
+        )
     ip_adapter = getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
     if ip_adapter and "image_embeds" not in (kwargs.get("added_cond_kwargs") or {}):
         raise TypeError(
@@ -52,6 +57,23 @@ def _check_keywords(config: Any, kwargs: dict[str, Any]) -> None:
             "IP-Adapter, as added_cond_kwargs={'image_embeds': [...]}: pipe.prepare_ip_adapter_image_embeds(picture, None, device, "
             "n, True) gives them, uncond's rows before cond's. Or call pipe.unload_ip_adapter()."
         )
+
+
+def network_of(pipe: Any) -> Any:
+    """A pipeline's UNet or transformer; None without one."""
+    found = (getattr(pipe, name, None) for name in ("unet", "transformer"))
+    return next((model for model in found if isinstance(model, nn.Module)), None)
+
+
+def multiple_of(pipe: Any) -> int:
+    """What both sides of a picture, in pixels, must be multiples of."""
+    return pipe.vae_scale_factor * (1 if getattr(pipe, "transformer", None) is None else 2)
+
+
+def trained_size(pipe: Any) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures that the model was trained on."""
+    side = getattr(pipe, "default_sample_size", None) or network_of(pipe).config.sample_size
+    return side * pipe.vae_scale_factor, side * pipe.vae_scale_factor
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:
@@ -62,8 +84,9 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
         if casting:
             return casting.compute_dtype
         for parameter in module.parameters(recurse=False):
-            return parameter.dtype
-    raise TypeError(f"{type(model).__name__} has no weights: expected a diffusers UNet.")
+            if parameter.is_floating_point():  # not a quantized weight
+                return parameter.dtype
+    raise TypeError(f"{type(model).__name__} has no weights: expected a diffusers UNet or transformer.")
 
 
 def execution_device(model: nn.Module) -> torch.device:
