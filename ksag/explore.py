@@ -32,6 +32,7 @@ except ImportError as error:
 
 Settings = dict[str, Any]  # the values of the controls, by name
 RANGES = {"blur_sigma": (0.0, 10.0, 0.1), "mask_threshold": (0.0, 3.0, 0.05), "cond_scale": (0.0, 15.0, 0.1)}
+ANY = "any"  # in a menu: no choice
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -70,7 +71,7 @@ class Sampling:
         return list(range(settings["seed"], settings["seed"] + self.n))
 
     def names(self, settings: Settings) -> list[list[str | None]]:
-        return [[settings[menu]] * self.n for menu in self.menus]
+        return [[None if settings[menu] == ANY else settings[menu]] * self.n for menu in self.menus]
 
     def run(self, settings: Settings, last: Result | None, report: Callable[[str, float], None]) -> Iterator[Result]:
         """Yields a preview, then plain samples with it, then the whole result; `report` is called with the progress, 0 to 1.
@@ -134,7 +135,7 @@ class Sampling:
         rows = {"plain": torch.zeros_like(result.guided) if result.plain is None else result.plain, label: result.guided}
         figure = plot.compare(rows, names=[f"seed {i}" for i in self.seeds(result.settings)])
         values = [f"{name} {value}" for name, value in result.settings.items() if name not in ("seed", *self.menus)]
-        values += [f"{menu}: {result.settings[menu] or 'any'}" for menu in self.menus]
+        values += [f"{menu}: {result.settings[menu]}" for menu in self.menus]
         values.append("preview" if result.is_preview else f"{len(self.sigmas) - 1} steps")
         figure.suptitle(", ".join(values), fontsize=plot.FONT, wrap=True)
         return figure._repr_png_()
@@ -315,6 +316,5 @@ def _controls(sampling: Sampling, menus: dict[str, Sequence[str]], sampler: str)
     for menu, names in menus.items():
         if menu in controls or isinstance(names, str) or not names:
             raise ValueError(f"choices[{menu!r}] is a list of names, under a name that no other control has, got {names!r}.")
-        entries = [("any", None), *((name, name) for name in names)]
-        controls[menu] = widgets.Dropdown(value=names[0], options=entries, description=menu, **options)
+        controls[menu] = widgets.Dropdown(value=names[0], options=[ANY, *names], description=menu, **options)
     return controls

@@ -190,7 +190,7 @@ def test_any_in_a_menu(opened):
         return conditioning(animals, sizes)
 
     widget = settled(opened(n=3, choices={"animal": ANIMALS, "size": SIZES}, conditioning=recorded))
-    widget.controls["animal"].value = None
+    widget.controls["animal"].value = "any"
     assert not settled(widget).error and seen == [(["cat"] * 3, ["small"] * 3), ([None] * 3, ["small"] * 3)]
     assert len(widget.result.guided) == 3
 
@@ -333,7 +333,7 @@ def test_an_error_of_a_users_function_is_shown_and_the_next_change_recovers(open
 
     widget = settled(opened(n=1, choices={"prompt": ["<b>", "a cat"]}, conditioning=prompts))
     shown, result = widget._image.value, widget.result
-    widget.controls["prompt"].value = None
+    widget.controls["prompt"].value = "any"
     assert settled(widget).error == "KeyError: '<i>no such prompt</i>'" and widget._progress.bar_style == "danger"
     error, code = widget._text.outputs
     assert error["name"] == "stderr" and widget.error in error["text"] and widget.code in code["data"]["text/plain"]
