@@ -1,10 +1,10 @@
-"""How are the notebooks run, so that what they store reads well where nothing is live, such as on a code host?
+"""Runs the notebooks and stores their outputs so that they read well without a kernel, such as on a code host.
 
     python scripts/run_notebooks.py                              # all of notebooks/, in place
     python scripts/run_notebooks.py notebooks/quickstart.ipynb
 
-A progress bar is stored as its last line, any other widget not at all, and figures with 256 colours, which makes them a fourth as
-large; times, versions and machine paths are not stored.
+Of a progress bar the last line is stored, of any other widget the picture that it has for pages without a kernel. Figures have 256
+colours, which makes them a fourth as large. Times, versions and paths of the machine are not stored.
 """
 
 import base64
@@ -32,15 +32,15 @@ def run(path: Path) -> NotebookNode:
     """The notebook, run from top to bottom in a new kernel; raises at the first cell that fails."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=900, kernel_name="python3", coalesce_streams=True, record_timing=False,
-        resources={"metadata": {"path": str(FOLDER)}},  # where Jupyter runs them, too
+        notebook, timeout=3600, kernel_name="python3", coalesce_streams=True, record_timing=False,
+        resources={"metadata": {"path": str(FOLDER)}},  # where Jupyter runs them too
     )  # fmt: skip
     client.execute(env={**os.environ, "PYTHONWARNINGS": "ignore:pkg_resources is deprecated:UserWarning"})
     return notebook
 
 
 def freeze(notebook: NotebookNode) -> NotebookNode:
-    """Turns progress bars into text, and drops what only shows while a kernel lives, or only here."""
+    """Turns widgets into text and pictures, and drops what is of this machine only."""
     widgets = notebook.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -52,17 +52,17 @@ def freeze(notebook: NotebookNode) -> NotebookNode:
 
 def freeze_output(output: NotebookNode, widgets: dict) -> NotebookNode | None:
     data = output.get("data", {})
+    view = data.pop(VIEW, None)
     if "image/png" in data:
         data["image/png"] = small(data["image/png"])
-    view = data.get(VIEW)
-    if view is None:
-        return output
-    text = bar_text(view["model_id"], widgets)
-    return None if text is None else nbformat.v4.new_output("display_data", {"text/plain": text})
+    elif view is not None:
+        text = bar_text(view["model_id"], widgets)
+        return None if text is None else nbformat.v4.new_output("display_data", {"text/plain": text})
+    return output
 
 
 def small(png: str) -> str:
-    """A PNG in base64, of at most 256 colours; what has a palette stays as it is."""
+    """A PNG in base64 with at most 256 colours."""
     image = Image.open(io.BytesIO(base64.b64decode(png)))
     if image.mode == "P":
         return png
@@ -74,7 +74,7 @@ def small(png: str) -> str:
 
 
 def bar_text(model_id: str, widgets: dict) -> str | None:
-    """The line of a tqdm bar: what a box of a description, a bar and its counts shows; None for another widget."""
+    """The text of a tqdm bar, which is a box with a description, a bar and its counts; None for any other widget."""
     children = [widgets[child.removeprefix("IPY_MODEL_")]["state"] for child in widgets[model_id]["state"].get("children", ())]
     if [child["_model_name"] for child in children] != ["HTMLModel", "FloatProgressModel", "HTMLModel"]:
         return None
