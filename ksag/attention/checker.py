@@ -1,8 +1,8 @@
 """When a layer is checked, and what follows from the result.
 
 A layer is checked in full at its first visit, and whenever its code path is seen to change: its forward, its processor, or which
-arguments it is given. A part of its queries is checked again at the first visit of each run and at visits 2, 4, 8, 16 and every
-32nd after it, because a processor can change by an attribute of its own, which nobody sees from outside.
+arguments it is given. A part of its queries is checked again at the first call of each run and at its calls 2, 4, 8, 16 and every
+32nd, because a processor can change by an attribute of its own, which nobody sees from outside.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -52,11 +52,11 @@ class Checker:
         return self.wanted and self.status == "not checked yet"
 
     def begin_run(self) -> None:
-        """The next visit is a run's first."""
+        """The next call is a run's first."""
         self._of_run = 0
 
-    def visited(self) -> None:
-        """Counts a pass through the layer, and raises a ValueError if an earlier check has failed since."""
+    def begin_call(self) -> None:
+        """Counts a guided call, and raises a ValueError if an earlier check has failed since."""
         self._calls += 1
         self._of_run += 1
         if failed := self._pending.failed():

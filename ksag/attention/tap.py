@@ -136,11 +136,15 @@ class AttentionTap:
 
     # A visit
 
+    def begin_call(self) -> None:
+        """A guided call begins, with one or more visits."""
+        if not torch.compiler.is_dynamo_compiling():
+            self.checker.begin_call()
+
     def begin(self, visit: Visit) -> None:
         """From now on, what goes through the layer in this thread belongs to the visit."""
         if not torch.compiler.is_dynamo_compiling():
             self._follow_changes()
-            self.checker.visited()
         self._visit.set(visit)
 
     def end(self, visit: Visit) -> None:
@@ -154,6 +158,7 @@ class AttentionTap:
 
     @contextlib.contextmanager
     def _inside(self, visit: Visit) -> Iterator[Visit]:
+        self.begin_call()
         try:
             self.begin(visit)
             yield visit

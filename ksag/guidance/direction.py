@@ -133,6 +133,8 @@ class Direction:
     ):
         self.scale, self.sigma_range, self.every = scale, sigma_range, every
         self._attention, self.modules = attention, tuple(modules)
+        if self.reads_attention and len(self.layers) != 1:
+            raise ValueError(f"{self.name} reads the attention of one layer, got attention={attention!r}: name one.")
 
     @property
     def attention(self) -> Layers:
@@ -141,7 +143,8 @@ class Direction:
 
     @property
     def layers(self) -> tuple[str | nn.Module, ...]:
-        return (self._attention,) if isinstance(self._attention, (str, nn.Module)) else tuple(self._attention)
+        layers = self._attention
+        return tuple(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else (layers,)
 
     @property
     def lag(self) -> int:

@@ -67,6 +67,9 @@ class ModuleTap:
     def is_compiled(self, inner_model: nn.Module) -> bool:
         return inner_model is not self._root or any(map(compiled.is_compiled, self._around))
 
+    def begin_call(self) -> None:
+        """Nothing is counted here."""
+
     def begin(self, visit: ModuleVisit) -> None:
         self._visit.set(visit)
 

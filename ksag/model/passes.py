@@ -19,6 +19,8 @@ class Tap(Protocol):
 
     def visit(self, read: int, edits: Sequence[tuple[int, int, Callable[..., Any]]], dims: int) -> Any: ...
 
+    def begin_call(self) -> None: ...
+
     def begin(self, visit: Any) -> None: ...
 
     def end(self, visit: Any) -> None: ...
@@ -139,6 +141,8 @@ class Passes:
         """
         predictions: dict[int, Tensor] = {}
         found: Found = {}
+        for tap in dict.fromkeys([*reads, *(tap for part in parts for tap, _ in part.edits)]):
+            tap.begin_call()
         for group in _groups([part.cond for part in parts]) if batched else [[i] for i in range(len(parts))]:
             latents, conds, edits = zip(*(parts[i] for i in group), strict=True)
             model_pass = Pass(inner_model, cond_key, shared, edits, reads if 0 in group else ())
