@@ -426,8 +426,8 @@ class WatchAttention(torch.overrides.TorchFunctionMode):
         return out
 
     @staticmethod
-    def applied(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        q, k = q.detach().double(), k.detach().double()
+    def applied(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        q, k = query.detach().double(), key.detach().double()
         if enable_gqa:
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -148,6 +148,7 @@ def test_a_mask_and_grouped_keys_are_read_as_they_are(options, bias):
     guided = guided_by(Masked(**options))
     with guided.trace() as steps:
         guided(torch.randn(2, 3, 8, 8), torch.ones(2))
+    assert repr(guided).endswith("attention checked)") and all(layer.checked for layer in ksag.list_attention(guided.inner_model))
     with guided.tap.recording(2) as seen:
         guided.inner_model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.ones(2))
     q, k = (t.double() for t in guided.tap.layer.told)
@@ -229,4 +230,4 @@ def test_list_attention_of_a_family_that_it_does_not_know():
     model = nn.Sequential(MyAttention(8), nn.MultiheadAttention(8, 2))
     by_path, unreadable = ksag.list_attention(model)
     assert by_path.path == "0" and "by path, if it calls scaled_dot_product_attention" in by_path.family
-    assert unreadable.path == "1" and unreadable.family == "unknown MultiheadAttention: not supported"
+    assert unreadable.path == "1" and "MultiheadAttention: not supported: its queries and keys cannot" in unreadable.family

@@ -16,7 +16,6 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DiTTransformer2DModel,
-    FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -44,6 +43,15 @@ def unconditional(**options):
             "norm_num_groups": 8, "attention_head_dim": 16, "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
             "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"), **options,
         }
+    )  # fmt: skip
+
+
+def kandinsky():
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+        attention_head_dim=16, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
     )  # fmt: skip
 
 
@@ -121,6 +129,9 @@ REAL = {
     "UNet2DConditionModel with resnets only in the middle": Real(
         functools.partial(conditional, mid_block_type="UNetMidBlock2D", **ATTENTION_EVERYWHERE), diffusers_call, LAST_DOWN, (8, 12)
     ),
+    "UNet2DConditionModel with the text's keys before the image's": Real(
+        kandinsky, lambda m, x: m(x, 500, torch.arange(2 * 7 * 32.0).sin().view(2, 7, 32)), "mid_block.attentions.0", (8, 12), memory=7
+    ),
     "a ControlNetModel before the UNet": Real(with_controlnet, diffusers_call, f"unet.{MID_ATTN1}", (8, 12)),
     "an AutoencoderKL before the UNet": Real(
         lambda: Holder(vae=vae(), unet=conditional()), diffusers_call, f"unet.{MID_ATTN1}", (8, 12)
@@ -184,7 +195,7 @@ def test_the_middle_of_real_models_is_found_and_read(name, monkeypatch):
     tap = AttentionTap(model)
     with tap.recording(2) as seen:
         real.call(model, x)
-    assert seen.saliency().shape == (2, *real.grid) and tap.checked
+    assert seen.saliency().shape == (2, *real.grid) and tap.checker.status == "checked"
 
     with WatchAttention(model.get_submodule(real.path)) as watch:
         real.call(model, x)
@@ -213,7 +224,7 @@ def test_two_unets_have_to_be_told_apart():
 
 def test_two_unets_of_different_libraries_have_to_be_told_apart():
     model = Holder(prior=models.compvis_unet(), decoder=conditional())
-    with pytest.raises(ValueError, match=rf"more than one UNet.*'decoder\.{MID_ATTN1}'.*'prior\.middle_block"):
+    with pytest.raises(ValueError, match=rf"more than one UNet.*'prior\.middle_block.*'decoder\.{MID_ATTN1}'"):
         ksag.SAGDenoiser(model)
 
 
@@ -229,62 +240,22 @@ def test_a_unet_without_any_attention():
         ksag.SAGDenoiser(unet)
 
 
-# Joint attention
-
-
-def sd3(**options):
-    return SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4, **options,
-    )  # fmt: skip
-
-
-def flux():
-    return FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
-
-
-def kandinsky():
-    return UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
-        attention_head_dim=16, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn", up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        resnet_time_scale_shift="scale_shift",
-    )  # fmt: skip
-
-
-JOINT = r"ksag does not support joint attention, in which .* \(as in Stable Diffusion 3, Flux and Kandinsky\)"
-
-
-@pytest.mark.parametrize(
-    ("build", "path"),
-    [
-        (sd3, "transformer_blocks.1.attn"),
-        (flux, "transformer_blocks.0.attn"),
-        (flux, "single_transformer_blocks.0.attn"),
-        (kandinsky, "mid_block.attentions.0"),
-    ],
-)
-def test_joint_attention_is_refused_by_name(build, path):
-    model = Holder(unet=build())
-    for attention in "middle", path, model.unet.get_submodule(path):
-        with pytest.raises(ValueError, match=JOINT) as error:
-            ksag.SAGDenoiser(model, attention=attention)
-        assert "can be named" not in str(error.value)  # for what is named is refused as well
-    assert hooks(model) == 0
+# Stable Diffusion 3.5 medium
 
 
 def test_the_image_s_own_attention_beside_a_joint_one_can_be_named():
-    """In Stable Diffusion 3.5 medium."""
-    model = sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm").eval().requires_grad_(False)
+    model = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
+        dual_attention_layers=(0, 1), qk_norm="rms_norm",
+    ).eval().requires_grad_(False)  # fmt: skip
+    assert find_attention(model, "middle")[0] == "transformer_blocks.1.attn"
     path, _, family = find_attention(model, "transformer_blocks.1.attn2")
     assert path == "transformer_blocks.1.attn2" and family is not None
     tap = AttentionTap(model, path)
     with tap.recording(2) as seen:
         model(torch.randn(2, 4, 16, 24), torch.randn(2, 7, 64), torch.randn(2, 64), torch.full((2,), 500))
-    assert seen.saliency().shape == (2, 8, 12) and tap.checked
+    assert seen.saliency().shape == (2, 8, 12) and tap.checker.status == "checked"
 
 
 # Stand-ins
@@ -314,7 +285,7 @@ def hdit(layer=models.HDiTAttention, **attends):
     return nested(**{names[name]: layer(32, 2) if there else nn.Identity() for name, there in attends.items()})
 
 
-class Neighbourhood(models.HDiTAttention):
+class NeighbourhoodAttention(models.HDiTAttention):
     """A stand-in for attention within a neighbourhood, which has the same parts and a kernel_size."""
 
     kernel_size = 7
@@ -402,15 +373,27 @@ def test_the_middle_of_stand_ins(name, inside):
     assert find_attention(model, "middle")[0] == path
 
 
-def test_attention_within_a_neighbourhood_is_no_middle():
-    model = hdit(Neighbourhood, down_levels__0__0=True, mid_level__0=True, up_levels__0__0=True)
-    with pytest.raises(ValueError, match="No self-attention found in the middle"):
+class ShiftedWindowAttention(models.HDiTAttention):
+    """Likewise within a window."""
+
+    window_size = 8
+
+
+@pytest.mark.parametrize("layer", [NeighbourhoodAttention, ShiftedWindowAttention])
+def test_attention_within_a_neighbourhood_or_a_window_is_refused_with_the_reason(layer):
+    model = hdit(layer, down_levels__0__0=True, mid_level__0=True, up_levels__0__0=True)
+    reason = "it attends within a neighbourhood or a window, and never relates all tokens to all"
+    with pytest.raises(ValueError, match=f"No self-attention found in the middle .* not supported: {reason}"):
         ksag.SAGDenoiser(model)
+    with pytest.raises(ValueError, match=rf"\({layer.__name__}\) is refused: {reason}"):
+        ksag.SAGDenoiser(model, attention="mid_level.0.self_attn")
+    layers = ksag.list_attention(model)
+    assert len(layers) == 3 and all(layer.family.endswith(reason) for layer in layers)
 
 
 @pytest.mark.parametrize("path", [f"{MIDDLE_BLOCK}.attn1", f"{MIDDLE_BLOCK}.attn2"])
 def test_what_attends_to_the_text_cannot_be_named(path):
     model = compvis_with(disabled=[MIDDLE_BLOCK])
     assert path not in [layer.path for layer in ksag.list_attention(model)]
-    with pytest.raises(ValueError, match="no self-attention layer that ksag supports"):
+    with pytest.raises(ValueError, match="is refused: it attends to the text"):
         ksag.SAGDenoiser(model, attention=path)

@@ -12,16 +12,10 @@ from torch import Tensor, nn
 
 from ksag.attention.check import SAMPLED_QUERIES, Pending, error, is_due, unmerged
 from ksag.attention.families import Attention, Family, sdpa
+from ksag.attention.families.family import resolve
 from ksag.attention.visit import Visit
 
 Status: TypeAlias = Literal["not checked yet", "checked", "cannot be checked"]
-
-
-def resolve(module: Any, path: str) -> Any:
-    """The attribute at a dotted path, or None."""
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
 
 
 class Checker:
@@ -36,9 +30,11 @@ class Checker:
 
     def __init__(self, path: str, layer: nn.Module, family: Family | None, wanted: bool):
         self.path, self.layer, self.family = path, layer, family
-        self.wanted = wanted and family is not None and family.read is not None
+        self.only_sdpa = family is None or family.read is None or resolve(layer, family.projection) is None
+        """Whether nothing but the layer's call of scaled_dot_product_attention can be read."""
+        self.wanted = wanted and not self.only_sdpa
         self.status: Status = "not checked yet"
-        self.through_sdpa = family is None or family.read is None
+        self.through_sdpa = self.only_sdpa
         """Whether the layer's own call of scaled_dot_product_attention says what it attends with."""
         self.changes_in_place = False
         """Whether the layer changes what its projections returned."""
@@ -66,7 +62,7 @@ class Checker:
         """Whether to check what is read now, of a layer that consists of `parts` and is given `arguments`."""
         if (parts, arguments) != self.code_path:
             self.code_path, self.status = (parts, arguments), "not checked yet"
-            self.through_sdpa = self.family is None or self.family.read is None
+            self.through_sdpa = self.only_sdpa
         if not self.wanted or self.status == "cannot be checked":
             return False
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -91,6 +87,8 @@ class Checker:
             return read
         rows = slice(0, visit.missing)
         output = unmerged(applied.detach()[rows], self.family.merged, read.q.shape[1])
+        if output is not None and read.tokens != "all":
+            output = output[:, :, read.of_image(output.shape[2])]
         own = read.detach().rows(rows).image_queries
         if not self.in_full:
             self._check_some(own, output)

@@ -22,21 +22,52 @@ def with_grid(visit: Visit, read: Attention) -> Attention:
     if visit.dims == 1 and read.grid is None and read.tokens == "all":
         grid = (queries,)
     tokens = math.prod(grid or ())
-    fits = queries == keys == tokens if read.tokens == "all" else tokens <= min(queries, keys)
-    if grid is None or not fits:
-        raise ValueError(
-            f"{visit.path!r} attends from {queries} to {keys} tokens, which does not match its input's grid of {grid}: it is no "
-            f"self-attention over the image. Name another layer; ksag.list_attention shows them."
+    fits = queries == keys == tokens if read.tokens == "all" else tokens <= min(queries, keys) and visit.sized
+    if grid is not None and fits:
+        return read._replace(grid=grid)
+    raise ValueError(f"{visit.path!r} attends from {queries} to {keys} tokens, {_misfit(visit, read, grid)}")
+
+
+def _misfit(visit: Visit, read: Attention, grid: Grid | None) -> str:
+    if grid is None and visit.tokens is not None:
+        return (
+            f"and the model around it was given {visit.tokens} image tokens, which cannot be the patches of a latent of "
+            f"{visit.spatial}. Tokens of reference images are not supported."
         )
-    return read._replace(grid=grid)
+    if read.tokens != "all" and not visit.sized:
+        return (
+            "text and image, but nothing around it says how large the image's patches are. Give the module that is called with "
+            "the latent an attribute patch_size."
+        )
+    return (
+        f"which does not match its input's grid of {grid}: it is no self-attention over the image. Name another layer; "
+        f"ksag.list_attention shows them."
+    )
 
 
-def merged(output: Tensor, pattern: str, grid: Grid | None) -> Tensor:
-    """A formula's output, (b, heads, tokens, dim), as the layer gives its own to its output projection."""
-    assert grid is not None
-    if "(h w)" not in pattern:
-        return rearrange(output, pattern)
-    return rearrange(output, pattern, h=grid[0], w=grid[1])
+def replace_merged(output: Tensor, new: Tensor, pattern: str, read: Attention) -> None:
+    """Replaces the image's part of what a layer gives to its output projection, in place.
+
+    Args:
+        output: of some samples, merged by `pattern`; it may hold the text's tokens too.
+        new: a formula's output, (b, heads, tokens, dim).
+        pattern: einops pattern.
+        read: what these samples attended with.
+    """
+    assert read.grid is not None
+    sides = dict(zip("hw", read.grid, strict=True)) if "(h w)" in pattern else {}
+    new = rearrange(new, pattern, **sides)
+    part = output if output.shape == new.shape else output[:, read.of_image(output.shape[1])]
+    part.copy_(new)
+
+
+def replace_by_head(output: Tensor, new: Tensor, read: Attention) -> None:
+    """Likewise of what scaled_dot_product_attention returned, (b, heads, tokens, dim)."""
+    image = read.of_image(output.shape[2])
+    if read.places is None:
+        output[:, :, image] = new.to(output.dtype)
+    else:
+        output.scatter_(2, read.places[:, None, image, None].expand(new.shape), new.to(output.dtype))
 
 
 def attended(visit: Visit, read: Attention, change: Callable[[slice, Tensor], None]) -> None:

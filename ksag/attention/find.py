@@ -10,17 +10,12 @@ from torch import nn
 
 from ksag.attention import families, table
 from ksag.attention.families import Family
-from ksag.attention.families.diffusers import is_joint
-from ksag.attention.families.family import Place
+from ksag.attention.families.family import Grid, Place
+from ksag.attention.families.refused import refusal
 from ksag.model.parameters import described
 
 WATCHERS: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Any]]" = weakref.WeakKeyDictionary()
 """The open taps on each layer, for what they have seen of it."""
-
-JOINT = (
-    "ksag does not support joint attention, in which image and text attend together (as in Stable Diffusion 3, Flux and "
-    "Kandinsky): there is no map of what the image attends to in itself"
-)
 
 
 class AttentionLayer(NamedTuple):
@@ -32,8 +27,8 @@ class AttentionLayer(NamedTuple):
     """The way of writing attention that it follows, or that ksag knows none."""
     heads: int | None
     """None where ksag does not know how the layer holds it."""
-    grid: tuple[int, int] | None
-    """(h', w') that an open wrapper saw when it last looked at the layer; None before."""
+    grid: Grid | None
+    """The sides of the grid of tokens, such as (h', w'), that an open wrapper last saw; None before."""
     checked: bool
     """Whether an open wrapper found that what it reads is what the layer applies."""
 
@@ -82,45 +77,39 @@ def list_attention(inner_model: nn.Module) -> AttentionLayers:
     ...
     """
     layers = [
-        AttentionLayer(path, family.name, getattr(layer, family.heads), *_seen(layer))
-        for path, layer, family in _supported(inner_model)
+        AttentionLayer(path, family.name, getattr(layer, family.heads, None), *_seen(layer))
+        for path, layer, family in supported_layers(inner_model)
     ]
-    return AttentionLayers(layers or [_unknown(inner_model, path, module) for path, module in _looking_alike(inner_model)])
+    return AttentionLayers(layers or [_of_no_family(path, module) for path, module in named_like_attention(inner_model)])
 
 
-def _supported(inner_model: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
+def supported_layers(inner_model: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
+    """The path, the module and the family of every layer that ksag supports."""
     for path, layer in inner_model.named_modules():
         if family := families.family_of(layer, path, _parent(inner_model, path)):
             yield path, layer, family
+
+
+def named_like_attention(inner_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The path and the module of everything whose class has attention in its name."""
+    for path, module in inner_model.named_modules():
+        if re.search("att", type(module).__name__, re.I):
+            yield path, module
 
 
 def _parent(inner_model: nn.Module, path: str) -> nn.Module:
     return inner_model.get_submodule(path.rpartition(".")[0])
 
 
-def _looking_alike(inner_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in inner_model.named_modules():
-        if re.search("att", type(module).__name__, re.I):
-            yield path, module
-
-
-def _unknown(inner_model: nn.Module, path: str, module: nn.Module) -> AttentionLayer:
-    how = "not supported" if _is_unsupported(module) else "by path, if it calls scaled_dot_product_attention"
+def _of_no_family(path: str, module: nn.Module) -> AttentionLayer:
+    reason = refusal(module, None)
+    how = f"not supported: {reason}" if reason else "by path, if it calls scaled_dot_product_attention"
     heads = (getattr(module, name, None) for name in sorted({family.heads for family in families.FAMILIES}))
     known = next((n for n in heads if isinstance(n, int)), None)
     return AttentionLayer(path, f"unknown {type(module).__name__}: {how}", known, *_seen(module))
 
 
-def _is_unsupported(module: nn.Module) -> bool:
-    """Whether no call of scaled_dot_product_attention in there could be seen, or be the image's own attention."""
-    return (
-        type(module).__module__.startswith("torch.nn.")
-        or is_joint(module)
-        or (hasattr(module, "to_q") and hasattr(module, "heads"))
-    )
-
-
-def _seen(layer: nn.Module) -> tuple[tuple[int, int] | None, bool]:
+def _seen(layer: nn.Module) -> tuple[Grid | None, bool]:
     taps = WATCHERS.get(layer, ())
     return next((tap.grid for tap in taps if tap.grid), None), any(tap.checker.status == "checked" for tap in taps)
 
@@ -156,13 +145,12 @@ def find_attention(inner_model: nn.Module, attention: str | nn.Module) -> tuple[
     elif not isinstance(attention, str):
         raise ValueError(f"attention= is 'middle', a path in inner_model, or a module of it, got {described(attention)}.")
     else:
-        path = middle(inner_model) if attention == "middle" else _resolve(inner_model, attention)
+        path = middle(inner_model) if attention == "middle" else _whole_path(inner_model, attention)
     layer = inner_model.get_submodule(path)
     family = families.family_of(layer, path, _parent(inner_model, path))
-    if is_joint(layer):
-        raise ValueError(f"attention={path!r} ({type(layer).__name__}) is refused: {JOINT}.")
-    holds_supported = any(inside.startswith(f"{path}." if path else "") for inside, *_ in _supported(inner_model))
-    if family is None and (holds_supported or _is_unsupported(layer)):
+    if reason := refusal(layer, family):
+        raise ValueError(f"attention={path!r} ({type(layer).__name__}) is refused: {reason}. {hint(inner_model, path)}")
+    if family is None and any(inside.startswith(f"{path}." if path else "") for inside, *_ in supported_layers(inner_model)):
         raise ValueError(
             f"attention={path!r} ({type(layer).__name__}) is no self-attention layer that ksag supports. {hint(inner_model, path)}"
         )
@@ -175,24 +163,21 @@ def middle(inner_model: nn.Module) -> str:
     Raises:
         ValueError: there is none, or more than one UNet.
     """
-    for path, module in inner_model.named_modules():
-        if is_joint(module):
-            raise ValueError(f"{path!r} ({type(module).__name__}) is refused: {JOINT}.")
-    layers = list(_supported(inner_model))
-    places: list[Place] = []
-    for family in families.FAMILIES:
-        places += family.middle(inner_model, [path for path, _, its_family in layers if its_family is family])
+    paths: dict[Any, list[str]] = {}
+    for path, _, family in supported_layers(inner_model):
+        paths.setdefault(family.middle, []).append(path)
+    places: list[Place] = [place for find, found in paths.items() for place in find(inner_model, found)]
     # A ControlNet only goes down, and half a VAE only down or only up
     candidates = [place.path for place in places if place.whole] or [place.path for place in places]
     if not candidates:
         raise ValueError(f"No self-attention found in the middle of {type(inner_model).__name__}. {hint(inner_model)}")
     if len(candidates) > 1:
-        paths = ", ".join(map(repr, candidates))
-        raise ValueError(f"{type(inner_model).__name__} holds more than one UNet: give attention= one of {paths}.")
+        names = ", ".join(map(repr, candidates))
+        raise ValueError(f"{type(inner_model).__name__} holds more than one UNet: give attention= one of {names}.")
     return candidates[0]
 
 
-def _resolve(inner_model: nn.Module, path: str) -> str:
+def _whole_path(inner_model: nn.Module, path: str) -> str:
     known = [name for name, _ in inner_model.named_modules()]
     matches = [path] if path in known else [name for name in known if name.endswith(f".{path}")]
     if not matches:
@@ -210,15 +195,14 @@ def hint(inner_model: nn.Module, path: str = "") -> str:
     >>> hint(unet, "mid_block")
     "Name one of its 10 self-attention layers as attention=, for example 'mid_block.attentions.0'."
     """
-    if supported := [path for path, *_ in _supported(inner_model)]:
+    if supported := [path for path, *_ in supported_layers(inner_model)]:
         inside = [p for p in supported if path and p.startswith(f"{path}.")]
         nearest = inside or difflib.get_close_matches(path, supported, n=5, cutoff=0.0)
         examples = ", ".join(map(repr, nearest[:5]))
         return f"Name one of its {len(supported)} self-attention layers as attention=, for example {examples}."
     similar = [f"{layer.path!r} ({layer.family})" for layer in list_attention(inner_model)]
     candidates = f"These look like attention: {', '.join(similar[:5])}. " if similar else ""
-    known = ", ".join(dict.fromkeys(family.name for family in families.FAMILIES))
     return (
-        f"It has no layer of a family that ksag knows ({known}). {candidates}"
+        f"It has no layer of a family that ksag knows. {candidates}"
         f"A module that calls torch.nn.functional.scaled_dot_product_attention once can be named with attention='dotted.path'."
     )

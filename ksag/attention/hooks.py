@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from ksag.attention.checker import resolve
 from ksag.attention.families import Family
+from ksag.attention.families.family import resolve
 
 
 def described_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksag.attention.checker import Checker, only_call, resolve
-from ksag.attention.edit import attended, merged, with_grid
+from ksag.attention.checker import Checker, only_call
+from ksag.attention.edit import attended, replace_by_head, replace_merged, with_grid
 from ksag.attention.families import Attention, sdpa
+from ksag.attention.families.diffusers import attention_backend
 from ksag.attention.families.family import Grid
 from ksag.attention.find import WATCHERS, find_attention, hint
 from ksag.attention.hooks import copied, described_arguments, remove_copied_hooks, sources
@@ -187,19 +188,9 @@ class AttentionTap:
     # What the hooks see
 
     def _see_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # The pre-hooks run from the outermost module inwards, so the last spatial input is the nearest one. Of a latent of one
-        # dimension it is the outermost: further inside, (b, c, n) looks like a sequence of tokens.
         visit = self._current()
-        if visit is None or (visit.watch is not None and visit.watch.calls):
-            return
-        if visit.dims == 1 and visit.spatial is not None and module is not self.root:
-            return
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.ndim == visit.dims + 2:
-                size = resolve(module, self.family.patch) if self.family and self.family.patch else None
-                visit.batch, visit.spatial = value.shape[0], tuple(value.shape[2:])
-                visit.patch = () if size is None else (size,) * visit.dims if isinstance(size, int) else tuple(size)
-                break
+        if visit is not None and (visit.watch is None or not visit.watch.calls):
+            visit.enter(module, args, kwargs, self.family)
 
     def _begin_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if visit := self._current():
@@ -209,17 +200,12 @@ class AttentionTap:
         """The layer begins to attend; without arguments if something around it calls its parts one by one."""
         visit.stop()  # a model may have caught an error in the middle of the layer, and run it again
         visit.started = True
-        if torch.compiler.is_dynamo_compiling():
-            return
-        visit.checking = self.checker.begin(self._parts(), arguments)
+        if not torch.compiler.is_dynamo_compiling():
+            visit.checking = self.checker.begin(self._parts(), arguments)
         if visit.checking or self.checker.through_sdpa:
-            at_call = functools.partial(self._see_call, visit) if not self._has_projection else None
+            at_call = functools.partial(self._see_call, visit) if self.checker.only_sdpa else None
             visit.watch = sdpa.WatchSDPA(at_call)
             visit.watch.__enter__()
-
-    @property
-    def _has_projection(self) -> bool:
-        return self.family is not None and self.family.projection in self._sources
 
     def _parts(self) -> tuple[Any, ...]:
         """What decides how the layer attends, as far as can be seen from outside."""
@@ -255,9 +241,11 @@ class AttentionTap:
         if visit is None:
             return None
         family = self.family
-        assert family is not None
-        read = self._read_call(visit) if self.checker.through_sdpa or family.read is None else family.read(self.layer, visit.seen)
+        assert family is not None and family.read is not None
+        read = self._read_call(visit) if self.checker.through_sdpa else family.read(self.layer, visit.seen)
         if read is None:
+            idle = [name for name in self._sources if name not in (*visit.seen, family.projection)]
+            visit.unread = f"It attended without its submodules {', '.join(idle)}, by which it is read."
             visit.stop()
             return None
         read = with_grid(visit, read)
@@ -268,7 +256,7 @@ class AttentionTap:
         changed = args[0].clone() if visit.edits else args[0]  # a clone has the other rows and the strides as they were
 
         def change(part: slice, new: Tensor) -> None:
-            changed[part] = merged(new, family.merged, read.grid).to(changed.dtype)
+            replace_merged(changed[part], new, family.merged, read.rows(part))
 
         attended(visit, read, change)
         return (changed, *args[1:]) if visit.edits else None
@@ -281,15 +269,17 @@ class AttentionTap:
         by_head = changed.view(read.q.shape[0], -1, *changed.shape[-2:])
 
         def change(part: slice, new: Tensor) -> None:
-            by_head[part, :, read.of_image(by_head.shape[2])] = new.to(changed.dtype)
+            replace_by_head(by_head[part], new, read.rows(part))
 
         attended(visit, read, change)
         return changed
 
     def _end_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         visit = self._visit.get()
-        if visit is not None and visit.started and not self._has_projection:
-            if visit.watch is None or not visit.watch.calls:
+        if visit is not None and visit.started:
+            if not self.checker.only_sdpa:
+                visit.unread = f"Its projection {self.family and self.family.projection} did not run."
+            elif visit.watch is None or not visit.watch.calls:
                 self._read_call(visit)  # which says what is missing
             visit.stop()
 
@@ -297,12 +287,18 @@ class AttentionTap:
         try:
             read = only_call(visit)
         except ValueError as error:
-            known = "no family that ksag knows" if self.family is None else "another way of attending than its family's"
-            raise ValueError(
-                f"{self.path!r} ({type(self.layer).__name__} of {known}): attention cannot be read: "
-                f"{error}. Name the module around just that one call. {self._hint}"
-            ) from None
-        return read if self.family is None or self.family.read else read._replace(grid=None, tokens=self.family.tokens)
+            backend = attention_backend(self.layer)
+            if backend is not None and not (visit.watch and visit.watch.calls):
+                advice = (
+                    f"diffusers' attention backend is {backend!r}; set one of PyTorch's: model.set_attention_backend('native')."
+                )
+            else:
+                advice = f"Name the module around just that one call. {self._hint}"
+            raise ValueError(f"{self.path!r} ({type(self.layer).__name__}): attention cannot be read: {error}. {advice}") from None
+        if self.family is None or self.family.read:
+            return read
+        read = read._replace(grid=None, tokens=self.family.tokens)
+        return sdpa.image_last(read) if self.family.ragged else read
 
     def _call_of(self, visit: Visit, read: Attention) -> Attention | None:
         """The layer's only call of scaled_dot_product_attention, if it made one of the same tokens as `read`."""

@@ -6,17 +6,19 @@ any block can still be read once it is named, if it calls `F.scaled_dot_product_
 
 from torch import nn
 
-from ksag.attention.families import compvis, diffusers, k_diffusion, lucidrains, nvlabs, openai, timm
+from ksag.attention.families import compvis, diffusers, k_diffusion, lucidrains, nvlabs, openai, stable_audio, timm, transformers
 from ksag.attention.families.family import Attention, Family, Seen
 
 FAMILIES: list[Family] = [
     *k_diffusion.FAMILIES,
+    *transformers.FAMILIES,
     *diffusers.FAMILIES,
     *compvis.FAMILIES,
     *openai.FAMILIES,
     *nvlabs.FAMILIES,
     *lucidrains.FAMILIES,
     *timm.FAMILIES,
+    *stable_audio.FAMILIES,
 ]
 """The first one that fits a layer is the one that reads it."""
 

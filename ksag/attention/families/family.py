@@ -40,17 +40,19 @@ class Attention(NamedTuple):
     """Which of the queries and keys are the image's."""
     mask: Tensor | None = None
     """As `F.scaled_dot_product_attention` takes it, of shape (b, heads, queries, keys)."""
+    places: Tensor | None = None
+    """(b, queries): where each query is in the layer's own sequence, if that has another order."""
 
     def rows(self, part: slice) -> "Attention":
         """The same for some samples of the batch."""
-        q, k, v, mask = (x if x is None else x[part] for x in (self.q, self.k, self.v, self.mask))
+        q, k, v, mask, places = (x if x is None else x[part] for x in (self.q, self.k, self.v, self.mask, self.places))
         assert q is not None and k is not None
-        return self._replace(q=q, k=k, v=v, mask=mask)
+        return self._replace(q=q, k=k, v=v, mask=mask, places=places)
 
     def queries(self, part: slice) -> "Attention":
         """The same for some queries."""
         mask = self.mask if self.mask is None or self.mask.shape[2] == 1 else self.mask[:, :, part]
-        return self._replace(q=self.q[:, :, part], mask=mask)
+        return self._replace(q=self.q[:, :, part], mask=mask, places=None if self.places is None else self.places[:, part])
 
     def of_image(self, length: int) -> slice:
         """Which of `length` queries or keys belong to the image; `grid` must be known."""
@@ -105,6 +107,8 @@ class Family:
     this function is read through its layer's call of `F.scaled_dot_product_attention`."""
     tokens: Tokens = "all"
     """Then: which of that call's tokens are the image's."""
+    ragged: bool = False
+    """Then: whether the image's tokens begin where each sample's text ends, and a mask leaves out what follows them."""
     projection: str = ""
     """The submodule that is given the attention's output, (b, heads, image tokens, dim), rearranged as `merged` says."""
     merged: str = "b heads tokens d -> b tokens (heads d)"
@@ -119,10 +123,20 @@ class Family:
     """The submodule that says how much of the attention, or of its output, is dropped at random, if there is one."""
     drops_in_eval: bool = False
     """Whether it does so in evaluation mode too."""
-    patch: str = ""
-    """The attribute of a module around that holds the size of the patches of its input which are the tokens, if it has such."""
+    patch: tuple[str, ...] = ()
+    """The attribute of a module around that holds the size of the patches of its input which are the tokens, if it has such: the
+    first of these that is there."""
+    packed: tuple[str, ...] = ()
+    """The arguments of that module that may hold the image's tokens, (b, tokens, channels), instead of the latent."""
     computes_in: torch.dtype | None = None
     """The dtype in which the layer attends whatever the model's is, if there is one."""
+
+
+def resolve(module: Any, path: str) -> Any:
+    """The attribute at a dotted path, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def ran(seen: Seen, *names: str) -> bool:
@@ -203,21 +217,23 @@ def _by_owner(paths: Sequence[str], part: str) -> dict[str, list[tuple[str, str]
     return owners
 
 
-def stack(blocks: str) -> Middle:
-    """The middle one of a plain stack of blocks.
+def stack(blocks: str, inside: Callable[[nn.Module], bool] = lambda module: True) -> Middle:
+    """The first self-attention of the middle one of a plain stack of blocks.
 
     Args:
-        blocks: the name of the submodule that holds them.
+        blocks: a regular expression for the names of the submodules that hold them, in their order.
+        inside: whether a module that has such submodules counts.
 
-    >>> stack("blocks")(nn.Module(), ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"])
+    >>> stack("blocks")(nn.Module(), ["blocks.0.attn", "blocks.1.attn", "blocks.1.attn2", "blocks.2.attn"])
     [Place(path='blocks.1.attn', whole=True)]
     """
 
     def find(model: nn.Module, paths: Sequence[str]) -> list[Place]:
-        stacks: dict[str, list[str]] = {}
-        for path in paths:
-            if match := re.search(rf"(?:^|\.){blocks}\.\d+\.", path):
-                stacks.setdefault(path[: match.start()], []).append(path)
-        return [Place(paths[len(paths) // 2], whole=True) for paths in stacks.values()]
+        places = []
+        for owner, layers in _by_owner(paths, rf"(?:{blocks})\.\d+").items():
+            first = {path.removesuffix(rest): path for path, rest in reversed(layers)}  # by the block
+            if inside(model.get_submodule(owner)):
+                places.append(Place([*reversed(first.values())][len(first) // 2], whole=True))
+        return places
 
     return find

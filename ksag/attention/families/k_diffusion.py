@@ -69,7 +69,7 @@ V1_TRANSFORMER = Family(
     outputs=("qkv_proj", "pos_emb"),
     heads="n_heads",
     dropout="dropout",
-    patch="patch_in.patch_size",
+    patch=("patch_in.patch_size",),
 )
 
 

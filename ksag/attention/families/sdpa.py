@@ -93,7 +93,7 @@ def read(call: Call, batch: int | None, spatial: Grid | None, tokens: Tokens = "
             f"(b, heads, tokens, dim), of the {batch} samples that the model was given"
         )
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    grid = _patches(spatial, q.shape[2]) if spatial and tokens == "all" else None
+    grid = patches(spatial, q.shape[2]) if spatial and tokens == "all" else None
     return Attention(q, k, v, scale, grid, tokens, _mask(call, q, k))
 
 
@@ -110,12 +110,23 @@ def _mask(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
     return mask.expand(b, heads, tokens, k.shape[2])
 
 
-def _patches(spatial: Grid, tokens: int) -> Grid:
-    """The grid of `tokens` square patches (of one frame, in a video); that of the pixels if there is none."""
+def image_last(read: Attention) -> Attention:
+    """The same with what the mask leaves out at the end of each sample moved to its beginning."""
+    if read.mask is None:
+        return read
+    padding = read.mask[:, 0, 0].flip(1).int().argmax(dim=1)
+    places = (torch.arange(read.q.shape[2], device=read.q.device) - padding[:, None]) % read.q.shape[2]
+    q, k, v = (None if x is None else x.take_along_dim(places[:, None, :, None], 2) for x in (read.q, read.k, read.v))
+    assert q is not None and k is not None
+    return read._replace(q=q, k=k, v=v, mask=read.mask.take_along_dim(places[:, None, None], 3), places=places)
+
+
+def patches(spatial: Grid, tokens: int) -> Grid | None:
+    """The grid of `tokens` square patches (of one frame, in a video); None if there is none."""
     for patch in range(1, max(spatial) + 1):
         for first in {1, patch} if len(spatial) == 3 else {patch}:
             sides = (first, *[patch] * (len(spatial) - 1))
             grid = tuple(side // size for side, size in zip(spatial, sides, strict=True))
             if math.prod(grid) == tokens and all(side % size == 0 for side, size in zip(spatial, sides, strict=True)):
                 return grid
-    return spatial
+    return None

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ksag.attention.families.family import Attention, Family, Seen, from_tokens, has_modules, ran, stack
+from ksag.attention.families.family import Attention, Family, Seen, from_tokens, has_modules, stack
 
 
 def _is_attention(layer: Any, path: str, parent: nn.Module) -> bool:
@@ -13,10 +13,11 @@ def _is_attention(layer: Any, path: str, parent: nn.Module) -> bool:
 
 
 def _read(layer: Any, seen: Seen) -> Attention | None:
-    if not ran(seen, "qkv", "q_norm", "k_norm"):
+    if "qkv" not in seen:
         return None
-    _, _, v = seen["qkv"][0].chunk(3, dim=-1)
-    return from_tokens(seen["q_norm"][0], seen["k_norm"][0], v, layer.num_heads, layer.scale)
+    q, k, v = seen["qkv"][0].chunk(3, dim=-1)
+    # PixArt's own blocks, which derive from timm's, leave the norms out
+    return from_tokens(seen.get("q_norm", [q])[0], seen.get("k_norm", [k])[0], v, layer.num_heads, layer.scale)
 
 
 ATTENTION = Family(
@@ -28,7 +29,7 @@ ATTENTION = Family(
     outputs=("qkv", "q_norm", "k_norm"),
     heads="num_heads",
     dropout="attn_drop",
-    patch="x_embedder.patch_size",
+    patch=("x_embedder.patch_size",),
 )
 
 FAMILIES = (ATTENTION,)

@@ -1,0 +1,161 @@
+"""diffusers' transformers, in which image and text attend together or whose queries and keys are rotated.
+
+Stable Diffusion 3 and AuraFlow do not rotate, so that the outputs of their submodules are read. All others are read, and edited, at
+their call of `F.scaled_dot_product_attention`, which is given both sequences, normalised and rotated.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ksag.attention.families.diffusers import MIDDLE, projected
+from ksag.attention.families.family import Attention, Family, Seen, Tokens
+
+TOKENS: dict[str, Tokens] = {
+    # text, then image
+    "BriaFiboSingleTransformerBlock": "last",
+    "BriaFiboTransformerBlock": "last",
+    "BriaSingleTransformerBlock": "last",
+    "BriaTransformerBlock": "last",
+    "ChromaSingleTransformerBlock": "last",
+    "ChromaTransformerBlock": "last",
+    "CogView3PlusTransformerBlock": "last",
+    "CogView4TransformerBlock": "last",
+    "Flux2SingleTransformerBlock": "last",
+    "Flux2TransformerBlock": "last",
+    "Flux3SingleTransformerBlock": "last",
+    "FluxSingleTransformerBlock": "last",
+    "FluxTransformerBlock": "last",
+    "GlmImageTransformerBlock": "last",
+    "Krea2TransformerBlock": "last",
+    "LongCatImageSingleTransformerBlock": "last",
+    "LongCatImageTransformerBlock": "last",
+    "Lumina2TransformerBlock": "last",
+    "OmniGenBlock": "last",
+    "OvisImageSingleTransformerBlock": "last",
+    "OvisImageTransformerBlock": "last",
+    "PRXBlock": "last",
+    "QwenImageTransformerBlock": "last",
+    # image, then text
+    "ErnieImageSharedAdaLNBlock": "first",
+    "HiDreamImageSingleTransformerBlock": "first",
+    "HiDreamImageTransformerBlock": "first",
+    "HunyuanImageSingleTransformerBlock": "first",
+    "HunyuanImageTransformerBlock": "first",
+    "HunyuanVideoSingleTransformerBlock": "first",
+    "HunyuanVideoTransformerBlock": "first",
+    "NucleusMoEImageTransformerBlock": "first",
+    "ZImageTransformerBlock": "first",
+    # image alone
+    "CosmosTransformerBlock": "all",
+    "HunyuanDiTBlock": "all",
+    "Kandinsky5TransformerDecoderBlock": "all",
+    "LTXVideoTransformerBlock": "all",
+    "LuminaNextDiTBlock": "all",
+    "SkyReelsV2TransformerBlock": "all",
+    "WanTransformerBlock": "all",
+}
+"""The class of the block that holds a layer → which of the tokens in its attention are the image's."""
+
+PATCH = ("config.patch_size", "patch_size")
+"""Of diffusers' models, and of modules around those that are given patches."""
+PACKED = ("hidden_states", "image_cond_hidden_states")
+RAGGED = ("Lumina2TransformerBlock",)
+NAMES = ("attn", "attn1", "attention", "self_attn", "self_attention")
+"""What the blocks call their self-attention."""
+
+
+def _is_in(tokens: Tokens, ragged: bool = False) -> Callable[[Any, str, nn.Module], bool]:
+    def matches(layer: Any, path: str, parent: nn.Module) -> bool:
+        block, name = type(parent).__name__, path.rpartition(".")[2]
+        if name not in NAMES or "refiner" in path:  # blocks that refine the text, or the image before the text joins it
+            return False
+        return TOKENS.get(block) == tokens and (block in RAGGED) == ragged
+
+    return matches
+
+
+def _at_its_call(name: str, tokens: Tokens, ragged: bool = False) -> Family:
+    return Family(
+        f"diffusers {name}",
+        matches=_is_in(tokens, ragged),
+        middle=MIDDLE,
+        tokens=tokens,
+        ragged=ragged,
+        patch=PATCH,
+        packed=PACKED,
+    )
+
+
+# Without rotation: Stable Diffusion 3 and AuraFlow
+
+IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+
+
+def _is_in_block(*blocks: str) -> Callable[[Any, str, nn.Module], bool]:
+    return lambda layer, path, parent: type(parent).__name__ in blocks and path.rpartition(".")[2] == "attn"
+
+
+def _streams(layer: Any, seen: Seen, norms_by_token: bool) -> tuple[list[Tensor], list[Tensor]] | None:
+    """q, k and v of the image, and of the text (of no tokens if the layer is given one sequence): (b, heads, tokens, dim)."""
+    image, text = projected(seen, IMAGE, "to_qkv"), projected(seen, TEXT, "to_added_qkv")
+    if image is None:
+        return None
+
+    def by_head(x: Tensor, norm: str) -> Tensor:
+        if norm not in seen:
+            return rearrange(x, "b tokens (heads d) -> b heads tokens d", heads=layer.heads)
+        normalised: Tensor = seen[norm][0]
+        return normalised.transpose(1, 2) if norms_by_token else normalised
+
+    text = [x[:, :0] for x in image] if text is None else text
+    return (
+        [by_head(x, norm) for x, norm in zip(image, ("norm_q", "norm_k", ""), strict=True)],
+        [by_head(x, norm) for x, norm in zip(text, ("norm_added_q", "norm_added_k", ""), strict=True)],
+    )
+
+
+def _read_image_first(layer: Any, seen: Seen) -> Attention | None:
+    if (streams := _streams(layer, seen, norms_by_token=False)) is None:
+        return None
+    q, k, v = (torch.cat([image, text], dim=2) for image, text in zip(*streams, strict=True))
+    return Attention(q, k, v, layer.scale, tokens="first")
+
+
+def _read_text_first(layer: Any, seen: Seen) -> Attention | None:
+    if (streams := _streams(layer, seen, norms_by_token=True)) is None:
+        return None
+    q, k, v = (torch.cat([text, image], dim=2) for image, text in zip(*streams, strict=True))
+    return Attention(q, k, v, layer.scale, tokens="last")
+
+
+STABLE_DIFFUSION_3 = Family(
+    "diffusers Stable Diffusion 3",
+    matches=_is_in_block("JointTransformerBlock"),
+    middle=MIDDLE,
+    read=_read_image_first,
+    projection="to_out.0",
+    outputs=(*IMAGE, *TEXT, "to_qkv", "to_added_qkv", *NORMS),
+    patch=PATCH,
+    packed=PACKED,
+)
+AURA_FLOW = replace(
+    STABLE_DIFFUSION_3,
+    name="diffusers AuraFlow",
+    matches=_is_in_block("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
+    read=_read_text_first,
+)
+
+FAMILIES = (
+    STABLE_DIFFUSION_3,
+    AURA_FLOW,
+    _at_its_call("text before image", "last"),
+    _at_its_call("Lumina 2", "last", ragged=True),
+    _at_its_call("image before text", "first"),
+    _at_its_call("rotated", "all"),
+)
