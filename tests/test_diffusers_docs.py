@@ -35,7 +35,7 @@ def pictures(tmp_path, monkeypatch):
 
 
 def other_picture(name):
-    """Another one in its place."""
+    """Replaces the file by another picture."""
     picture = Image.open(name)
     picture.transpose(Image.Transpose.ROTATE_90).save(name)
 
@@ -57,7 +57,7 @@ def run_example(heading, edit=lambda code: code, **names):
 
 @pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_xl])
 def test_the_whole_script(tmp_path, monkeypatch, make):
-    """As it stands, but for the weights, which are not here, and the size."""
+    """Unchanged except for the name of the weights, which are not available here, and the size."""
     make(tmp_path)
     monkeypatch.chdir(tmp_path)
     changes = {'"stable-diffusion-v1-5/stable-diffusion-v1-5"': "'pipe'", "512, 512": "16, 24"}
@@ -127,7 +127,7 @@ def test_t2i_adapter_example(tmp_path, pictures):
 
 
 def test_ip_adapter_example(tmp_path):
-    """The picture's embeddings in its place, as the tiny pipeline has no image encoder, and its adapter is loaded already."""
+    """With embeddings instead of the picture, because the tiny pipeline has no image encoder; its adapter is loaded already."""
     pipe, embeds = stable_diffusion_with_ip_adapter(tmp_path), torch.randn(1, 1, 16)
     prepare = pipe.prepare_ip_adapter_image_embeds
     pipe.prepare_ip_adapter_image_embeds = lambda picture, _, *rest: prepare(

@@ -1,4 +1,4 @@
-"""Are images, latents and pictures those of diffusers' own pipelines?"""
+"""Do images, latents and pictures equal those from diffusers' own pipelines?"""
 
 import k_diffusion as K
 import numpy as np
@@ -196,7 +196,7 @@ def test_sequential_offload_changes_nothing(tmp_path):
 
 
 def test_the_schedule_lies_where_a_model_that_is_moved_as_a_whole_will_compute():
-    """As `enable_model_cpu_offload` moves it; "meta" stands for the GPU."""
+    """As `enable_model_cpu_offload` moves it; "meta" represents the GPU."""
     model = unet()
     cpu_offload_with_hook(model, "meta")
     assert model.device.type == "cpu"

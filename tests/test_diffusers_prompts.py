@@ -163,7 +163,7 @@ def test_a_long_prompt_is_guided(sd, caplog):
 
 
 def test_a_textual_inversion_of_several_vectors(tmp_path):
-    """Its name in the prompt stands for all of them."""
+    """Its name in the prompt becomes all of its tokens."""
     pipe = stable_diffusion(tmp_path)
     pipe.load_textual_inversion(torch.randn(3, 32), token="<thing>")
     cond, _ = adapter.conditioning(pipe, "abcdefghij klm <thing>")

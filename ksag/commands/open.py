@@ -32,8 +32,8 @@ class Size(click.ParamType):
 CATEGORY = click.option("--category", show_default="all in turn",
                         help="Categories of emoji, in turn: names, parts of names, numbers, or any.")  # fmt: skip
 STYLE = click.option("--style", show_default="any", help="Styles of emoji, such as noto,twemoji; in turn.")
-COND_SCALE = click.option("--cond-scale", type=float, show_default="1, or 7.5 with --pipeline",
-                          help="Strength of classifier-free guidance; 1 is none.")  # fmt: skip
+COND_SCALE = click.option("--cond-scale", type=float, show_default="1; 7.5 with --pipeline, 4.5 for SD 3, 3.5 for Flux dev",
+                          help="Strength of classifier-free guidance; 1 is none. Flux dev takes it as an input.")  # fmt: skip
 CHECKPOINT_OPTIONS = (
     click.option("--weights", type=click.Path(exists=True, path_type=Path), show_default="the bundled model of emoji",
                  help="A k-diffusion model as safetensors, with its config in the metadata."),
@@ -43,11 +43,13 @@ CHECKPOINT_OPTIONS = (
 )  # fmt: skip
 PIPELINE_OPTIONS = (
     click.option("--pipeline", metavar="PATH_OR_ID",
-                 help="Stable Diffusion 1.x, 2.x or XL: a folder of diffusers, a hub id, or a .safetensors file."),
+                 help="Stable Diffusion 1.x, 2.x, XL or 3, or Flux: a folder of diffusers, a hub id, or a .safetensors file."),
     click.option("--prompt", multiple=True, help="What to show; several times for several in turn."),
     click.option("--prompts", type=FILE, help="A text file with a prompt on each line."),
     click.option("--negative-prompt", help="What not to show."),
     click.option("--size", type=Size(), metavar="WIDTHxHEIGHT", show_default="what the model was trained at", help="In pixels."),
+    click.option("--shift", type=click.FloatRange(0, min_open=True), show_default="the model's",
+                 help="For flow matching (Stable Diffusion 3, Flux): more means more steps at high noise."),
     click.option("--image", type=FILE, help="Start from this picture."),
     click.option("--strength", type=click.FloatRange(0, 1, min_open=True), show_default="0.75",
                  help="How much of --image to change: 1 is all."),
@@ -112,5 +114,3 @@ def _check_weights(weights: Path) -> None:
         return
     if checkpoints.is_checkpoint(header):
         raise click.UsageError(f"{takes} {weights.name} is a checkpoint of Stable Diffusion: {instead}")
-    if other := checkpoints.other_kind(header):
-        raise click.UsageError(f"{takes} {checkpoints.describe(other, weights)}")

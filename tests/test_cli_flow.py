@@ -1,0 +1,198 @@
+"""Does `ksag sample --pipeline` sample Stable Diffusion 3, Flux and SDXL by flow matching from disk? They are tiny and random."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+import ksag
+from ksag.adapters import diffusers
+from ksag.adapters.diffusers.transformers import spatial
+from ksag.commands.pipeline import Pipeline
+from ksag.commands.sampling import Sampling
+from ksag.samplers import sample as sample_latents
+from tests import flow_pipelines
+from tests.commands import READERS, invoke, pixels, process, text
+
+KINDS = {
+    "SD3": flow_pipelines.stable_diffusion_3,
+    "Flux dev": flow_pipelines.flux,
+    "Flux schnell": lambda folder: flow_pipelines.flux(folder, False, use_dynamic_shifting=False),
+    "flow XL": flow_pipelines.flow_sdxl,
+}
+
+
+def joint_attention_is_known():
+    try:
+        ksag.SAGDenoiser(spatial(flow_pipelines.sd3_transformer())).close()
+    except ValueError:
+        return False
+    return True
+
+
+needs_joint_attention = pytest.mark.skipif(not joint_attention_is_known(), reason="ksag does not read joint attention yet")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """kind → the folder of such a pipeline."""
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            path = tmp_path_factory.mktemp("pipeline")
+            KINDS[kind](path)
+            made[kind] = path / "pipe"
+        return made[kind]
+
+    return folder
+
+
+def opened(folder, **options):
+    return Pipeline(str(folder), torch.device("cpu"), torch.float32, **{"prompt": ["a cat"], "size": (24, 32), **options})
+
+
+class Plain(torch.nn.Module):
+    """Classifier-free guidance alone, in the place of SAGDenoiser."""
+
+    def __init__(self, inner_model):
+        super().__init__()
+        self.inner_model = inner_model
+
+    def forward(self, x, sigma, cond, uncond=None, cond_scale=1.0):
+        g = self.inner_model(x, sigma, **cond)
+        return g if uncond is None else ksag.cfg.plain(self.inner_model(x, sigma, **uncond), g, cond_scale, x, sigma)
+
+
+def sampling(model, steps):
+    return Sampling(model, Plain(model.denoiser), "euler", model.sigmas(steps, "model"))
+
+
+def made(model):
+    return sampling(model, steps=3).pictures([4])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_picture_is_that_of_diffusers(saved, kind):
+    """Its pipeline, from the same noise."""
+    pipe = diffusers.load(saved(kind))
+    if kind == "flow XL":
+        pipe.scheduler = flow_pipelines.FlowEuler.from_config(pipe.scheduler.config)
+    options = {"cond_scale": None if kind == "Flux schnell" else 2.5, "negative_prompt": None if "Flux" in kind else "bad"}
+    model = opened(saved(kind), **options)
+    latents = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(4))
+    if "Flux" in kind:
+        latents = flow_pipelines.pack(latents)
+    args = {"prompt": "a cat", "negative_prompt": options["negative_prompt"], "guidance_scale": options["cond_scale"] or 0.0}
+    (expected,) = pipe(**args, latents=latents, num_inference_steps=3, height=24, width=32).images
+    (picture,) = made(model)
+    assert picture.size == expected.size == (32, 24)
+    difference = (pil_to_tensor(picture).float() - pil_to_tensor(expected).float()).abs()
+    assert difference.max() <= 2 and difference.mean() < 0.2  # of 255
+
+
+@needs_joint_attention
+@pytest.mark.parametrize("kind", ["SD3", "Flux dev"])
+def test_from_the_shell_with_sag(saved, tmp_path, kind):
+    """The picture of the library with SAG, and another one without."""
+    args = ["--prompt", "a cat", "--size", "32x24", "--seed", 4, "--steps", 3, "--device", "cpu", "--sag-scale", 1.5]
+    ran = process("sample", "--pipeline", saved(kind), *args, "--out", tmp_path / "x.png")
+    output, _ = ran.communicate()
+    assert ran.returncode == 0 and "The picture is in" in output, output
+    pipe = diffusers.load(saved(kind))
+    denoiser = diffusers.denoiser(pipe, size=(24, 32))
+    cond, uncond = diffusers.conditioning(pipe, "a cat")
+    guidance = {"cond": cond} if uncond is None else {"cond": cond, "uncond": uncond, "cond_scale": 4.5}
+    with ksag.SAGDenoiser(denoiser, 1.5, cond_key=None) as guided:
+        latents = sample_latents("euler", guided, (16, 12, 16), denoiser.get_sigmas(3), [4], guidance)
+    picture = pil_to_tensor(diffusers.decode(pipe, latents, pil=True)[0])
+    assert torch.equal(pixels(tmp_path / "x.png"), picture.float())
+    assert not torch.equal(picture, pil_to_tensor(made(opened(saved(kind)))[0]))
+
+
+@needs_joint_attention
+@pytest.mark.parametrize("reader", READERS)
+def test_image_tools_read_the_parameters(saved, tmp_path, reader):
+    args = ["--prompt", "a cat", "--size", "32x24", "--steps", 3, "--device", "cpu", "--cond-scale", 2]
+    invoke("sample", "--pipeline", saved("Flux dev"), *args, "--out", tmp_path / "x.png")
+    prompt, _, fields = reader(text(tmp_path / "x.png"))
+    assert prompt == "a cat"
+    assert {"CFG scale": "1", "Distilled CFG Scale": "2", "Schedule type": "Simple", "Size": "32x24"}.items() <= fields.items()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("SD3", {}, {"Shift": "3"}),
+        ("SD3", {"shift": 6.0}, {"Shift": "6"}),
+        # exp(0.5 + (48 − 256) / (4096 − 256) · (1.15 − 0.5)), of 48 tokens
+        ("Flux dev", {}, {"Distilled CFG Scale": "3.5", "Shift": "1.59168"}),
+        ("Flux dev", {"cond_scale": 2.0, "shift": 3.0}, {"Distilled CFG Scale": "2", "Shift": "3"}),
+        ("Flux schnell", {}, {"Shift": "1"}),
+        ("flow XL", {}, {"Shift": "2.5"}),
+    ],
+)
+def test_what_is_written_into_the_picture(saved, kind, options, expected):
+    model = opened(saved(kind), **options)
+    assert {name: value for name, value in model.fields.items() if name in ("Distilled CFG Scale", "Shift")} == expected
+    assert model.own_schedule == "Simple" and model.fields["Size"] == "32x24"
+    assert model.cond_scale == {"SD3": 4.5, "flow XL": 7.5}.get(kind, 1.0)
+
+
+@pytest.mark.parametrize("schedule", ["model", "karras", "exponential"])
+@pytest.mark.parametrize("kind", ["SD3", "Flux dev"])
+def test_the_schedules_are_those_of_diffusers_scheduler(saved, kind, schedule):
+    model, pipe = opened(saved(kind)), diffusers.load(saved(kind))
+    options = {} if schedule == "model" else {f"use_{schedule}_sigmas": True}
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **options)
+    expected = diffusers.denoiser(pipe, size=(24, 32)).get_sigmas(6)
+    torch.testing.assert_close(model.sigmas(6, schedule), expected, rtol=2e-3, atol=0)  # float32 near t = 1
+    pipe.save_pretrained(saved(kind).parent / schedule)
+    again = opened(saved(kind).parent / schedule)
+    assert again.own_schedule == ("Simple" if schedule == "model" else schedule.capitalize())
+
+
+def test_more_shift_means_more_steps_at_high_noise(saved):
+    low, high = (opened(saved("SD3"), shift=shift) for shift in (1.0, 4.0))
+    assert (high.sigmas(6, "model")[1:-1] > low.sigmas(6, "model")[1:-1]).all()
+    (one,), (other,) = made(low), made(high)
+    assert one != other
+
+
+@pytest.mark.parametrize("kind", ["SD3", "Flux schnell"])
+def test_less_strength_stays_nearer_to_the_picture(saved, tmp_path, kind):
+    to_pil_image(torch.rand(3, 24, 32)).save(tmp_path / "picture.png")
+    distances = []
+    for strength in 0.2, 0.6, 1.0:
+        model = opened(saved(kind), image=tmp_path / "picture.png", strength=strength)
+        latents = sampling(model, steps=10).latents([4])
+        distances.append((latents - model.start()).norm())
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_outside_the_mask_the_picture_is_unchanged(saved, tmp_path):
+    given = torch.rand(3, 24, 32)
+    to_pil_image(given).save(tmp_path / "picture.png")
+    Image.frombytes("L", (32, 24), bytes([0] * 16 + [255] * 16) * 24).save(tmp_path / "mask.png")
+    model = opened(saved("Flux dev"), image=tmp_path / "picture.png", mask=tmp_path / "mask.png", strength=1.0)
+    x, sigma = torch.randn(1, *model.shape), torch.ones(1)
+    denoised = model.around(Plain(model.denoiser))(x, sigma, **model.conditioning([0]))
+    assert torch.equal(denoised[..., :8], model.start()[..., :8]) and not torch.equal(denoised[..., 8:], model.start()[..., 8:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "code", "message"),
+    [
+        ("Flux dev", ["--negative-prompt", "bad"], 2, "FluxPipeline, which is sampled without a negative prompt: leave --negative"),
+        ("Flux schnell", ["--cond-scale", 3], 2, "FluxPipeline without a guidance scale: leave --cond-scale out"),
+        ("Flux dev", ["--clip-skip", 2], 2, "--clip-skip: a FluxPipeline does not use the layers of its CLIP text encoder"),
+        ("SD3", ["--clip-skip", 5], 2, "--clip-skip 5: the text encoder has 4 layers"),
+        ("SD3", ["--size", "34x24"], 2, "both must be multiples of 4, such as 32x24"),
+        ("SD3", ["--shift", 0], 2, "0.0 is not in the range"),
+    ],
+)
+def test_bad_input_is_one_clear_line(saved, tmp_path, kind, args, code, message):
+    args = ["--prompt", "a", *args, "--device", "cpu", "--out", tmp_path / "x.png"]
+    assert message in invoke("sample", "--pipeline", saved(kind), *args, code=code)
+    assert not (tmp_path / "x.png").exists()
