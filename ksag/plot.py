@@ -310,11 +310,11 @@ def _overlay(axes: Sequence[Axes], pixels: Array, saliency: Tensor, mask: Tensor
     # the scale reaches at least 2, so that a nearly flat map looks flat
     norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=max(2.0, float(attended.max())))
     for i, ax in enumerate(axes):
-        extent = ax.images[0].get_extent()
-        ax.images[0].set(data=_strip(pixels[i]).mean(-1), cmap="gray")
+        ax.images[0].set(data=_strip(pixels[i]).mean(-1), cmap="gray", extent=(extent := ax.images[0].get_extent()))
         drawn = ax.imshow(_strip(attended[i]), cmap="seismic", norm=norm, alpha=0.4, interpolation="nearest", extent=extent)
         if inside is not None and 0 < inside[i].mean() < 1:
-            ax.contour(_strip(inside[i]), [0.5], colors="black", linewidths=0.8, origin="upper", extent=extent)
+            fine = np.kron(_strip(inside[i]), np.ones((8, 8)))  # or the contour would cut corners
+            ax.contour(fine, [0.5], colors="black", linewidths=0.8, origin="upper", extent=extent)
     bar = axes[0].figure.colorbar(drawn, ax=list(axes), ticks=[0, 1, norm.vmax])
     bar.ax.set_yticklabels(["0", "1, the average", f"{norm.vmax:.2g}"], fontsize=FONT)
     bar.ax.set_title("saliency", fontsize=FONT, loc="left")
