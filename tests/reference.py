@@ -83,7 +83,7 @@ class Perturbed(TorchFunctionMode):
     Args:
         layers: the modules.
         how: "identity", or the standard deviation of the blur in tokens.
-        grid: (h', w') of the tokens.
+        grid: (h', w') of the tokens, or a function of their number.
     """
 
     def __init__(self, layers, how, grid):
@@ -124,6 +124,7 @@ def blurred_queries(q, sigma, grid):
     """(..., tokens, d), blurred as in the code of the SEG paper (arXiv:2408.00760), with one kernel for each side."""
     if sigma == float("inf"):
         return q.mean(dim=-2, keepdim=True).expand_as(q)
+    grid = grid(q.shape[-2]) if callable(grid) else grid
     planes = q.transpose(-1, -2).reshape(-1, 1, *grid)
     size = int(np.ceil(6 * sigma)) + 1 - int(np.ceil(6 * sigma)) % 2
     sizes = [min(size, side - (side % 2 - 1)) for side in grid]
