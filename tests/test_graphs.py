@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ksag
+from ksag.attention import checker
 from ksag.model import graphs
 from ksag.samplers import SAMPLERS, sample
-from tests.models import inputs, make_denoiser
+from tests import forms, reference
 
 
 class Recorder(TorchDispatchMode):
@@ -69,16 +70,19 @@ def cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
 
 
-def wrap(denoiser, limit=8, **options):
-    guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond", **options)
-    with pytest.warns(UserWarning, match="not on a CUDA device, so it runs as without"):
+def graphed(guided, limit=8):
+    with pytest.warns(UserWarning, match="not on a CUDA device, so it runs without graphs"):
         return guided.use_cuda_graphs(limit)
 
 
-def call(guided, batch=2, size=(16, 24), sigma=3.0, cond_scale=2.0, **options):
-    x, sigma, cond, uncond = inputs(batch, size, sigma)
+def wrap(denoiser, limit=8, **options):
+    return graphed(ksag.SAGDenoiser(denoiser, blur_kernel_size=5, **options), limit)
+
+
+def call(guided, batch=2, size=(6, 8), sigma=3.0, cond_scale=2.0, **options):
+    x, args = forms.latents(batch, size)
     with torch.no_grad():
-        return guided(x, sigma, cond=cond, uncond=uncond, cond_scale=cond_scale, **options)
+        return guided(x * sigma, torch.full((batch,), sigma), **{**args, "cond_scale": cond_scale, **options})
 
 
 def captured(guided):
@@ -86,29 +90,63 @@ def captured(guided):
 
 
 def eager(denoiser, *args, options=None, **kwargs):
-    with ksag.SAGDenoiser(denoiser, cond_key="mapping_cond", **(options or {})) as guided:
+    with ksag.SAGDenoiser(denoiser, blur_kernel_size=5, **(options or {})) as guided:
         return call(guided, *args, **kwargs)
 
 
+@pytest.fixture
+def denoiser():
+    return forms.tiny()
+
+
+GRAPHS = {form: 2 if form in ("SAG", "SAG and PAG") else 1 for form in forms.FORMS} | {"SAG, every 2nd call": 3}
+"""Exact SAG asks a second time, and of every other call only the batch is the same with it and without, but for what is read."""
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_replays_give_the_eager_image_in_every_form(cuda, form):
+    eager, guided = forms.wrap(form), graphed(forms.wrap(form))
+    with torch.no_grad(), eager.trace() as expected_steps:
+        expected = [forms.run(eager, seed=seed) for seed in range(2)]
+    with torch.no_grad(), guided.trace() as steps:
+        results = [forms.run(guided, seed=seed) for seed in range(2)]
+    assert all(map(torch.equal, results, expected))
+    assert reference.same_steps(steps, expected_steps) and steps
+    assert CPUGraph.replays >= 8 > len(guided._passes.graphs) == GRAPHS[form]
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("options", [
-    {}, {"sigma_range": (0.5, 4.0)}, {"batch_cond": False}, {"one_pass": True}, {"one_pass": True, "every": 2},
-])  # fmt: skip
+@pytest.mark.parametrize("options", [{"sigma_range": (0.5, 4.0)}, {"one_pass": True, "every": 2}])
 def test_replays_give_the_eager_image_under_every_sampler(cuda, denoiser, sampler, options):
-    _, _, cond, uncond = inputs()
+    _, args = forms.latents()
     sigmas = torch.tensor([10.0, 3.0, 1.0, 0.3, 0.0])
-    args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
-    plain = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond", **options)
+    plain = ksag.SAGDenoiser(denoiser, blur_kernel_size=5, **options)
     with plain.trace() as expected_steps:
-        expected = sample(sampler, plain, (3, 12, 16), sigmas, [0, 1], args)
+        expected = sample(sampler, plain, (3, 6, 8), sigmas, [0, 1], args)
     guided = wrap(denoiser, **options)
     with guided.trace() as steps:
-        result = sample(sampler, guided, (3, 12, 16), sigmas, [0, 1], args)
+        result = sample(sampler, guided, (3, 6, 8), sigmas, [0, 1], args)
     assert torch.equal(result, expected)
-    assert CPUGraph.replays > len(guided._passes.graphs) >= (1 if options == {"one_pass": True} else 2)
-    assert len(steps) == len(expected_steps) > 0
-    for step, wanted in zip(steps, expected_steps, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(step, wanted, strict=True))
+    assert CPUGraph.replays > len(guided._passes.graphs) >= 2
+    assert reference.same_steps(steps, expected_steps) and steps
+
+
+def test_a_run_of_its_own_shares_the_graphs(cuda):
+    form = "SAG in one pass, PAG and SEG"
+    expected = [forms.run(forms.wrap(form), seed=seed) for seed in range(2)]
+    guided = graphed(forms.wrap(form))
+    with torch.no_grad():
+        assert all(torch.equal(forms.run(guided.run(), seed=seed), expected[seed]) for seed in range(2))
+    assert len(guided._passes.graphs) == 1
+
+
+def test_no_attention_is_checked_under_graphs(cuda, monkeypatch):
+    guided = graphed(forms.wrap("SAG and PAG"))
+    with torch.no_grad():
+        forms.run(guided)
+        monkeypatch.setattr(checker, "error", lambda *_: pytest.fail("checked"))
+        for seed in range(10):
+            forms.run(guided, seed=seed)
 
 
 def test_a_step_is_two_graphs_and_scales_take_no_more(cuda, denoiser):
@@ -122,7 +160,7 @@ def test_a_step_is_two_graphs_and_scales_take_no_more(cuda, denoiser):
 
 def test_new_shapes_are_captured_by_themselves_within_the_limit(cuda, denoiser):
     guided = wrap(denoiser, limit=4)
-    sizes = [(16, 24), (12, 16), (8, 8)]
+    sizes = [(6, 8), (8, 6), (8, 8)]
     for size in sizes[:2]:
         call(guided, size=size)
     with pytest.warns(UserWarning, match=r"More than 4 CUDA graphs.*limit=\.\.\."):
@@ -134,13 +172,13 @@ def test_new_shapes_are_captured_by_themselves_within_the_limit(cuda, denoiser):
 
 def test_the_least_recently_used_is_dropped(cuda, denoiser):
     guided = wrap(denoiser, limit=4)
-    call(guided, size=(16, 24))
-    call(guided, size=(12, 16))
-    call(guided, size=(16, 24))
+    call(guided, size=(6, 8))
+    call(guided, size=(8, 6))
+    call(guided, size=(6, 8))
     with pytest.warns(UserWarning, match="dropped"):
         call(guided, size=(8, 8))
     kept = {dict((place, shape) for place, shape, *_ in key[3])["latents[0]"] for key in captured(guided)}
-    assert kept == {(2, 3, 16, 24), (2, 3, 8, 8)}
+    assert kept == {(2, 3, 6, 8), (2, 3, 8, 8)}
 
 
 def test_conditioning_is_copied_in_only_when_it_changes(cuda, denoiser):
@@ -152,8 +190,8 @@ def test_conditioning_is_copied_in_only_when_it_changes(cuda, denoiser):
             super().fill(tensor)
             copies.append((tuple(tensor.shape), self.static._version > before))
 
-    x, sigma, cond, uncond = inputs()
-    cond, uncond = cond.clone(), uncond.clone()
+    x, args = forms.latents()
+    sigma, cond, uncond = torch.full((2,), 3.0), args["cond"], args["uncond"]
     guided = wrap(denoiser)
 
     def run(cond):
@@ -161,7 +199,7 @@ def test_conditioning_is_copied_in_only_when_it_changes(cuda, denoiser):
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
             patch.setattr(graphs, "_Input", Counting)
             result = guided(x.clone(), sigma, cond=cond, uncond=uncond, cond_scale=2.0)
-            with ksag.SAGDenoiser(denoiser, cond_key="mapping_cond") as plain:
+            with ksag.SAGDenoiser(denoiser, blur_kernel_size=5) as plain:
                 assert torch.equal(result, plain(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0))
         return [copied for shape, copied in copies if shape == tuple(cond.shape)]
 
@@ -175,8 +213,7 @@ def test_conditioning_is_copied_in_only_when_it_changes(cuda, denoiser):
     assert run(cond)[::2] == [True, True]
 
 
-def test_weights_may_change_in_place_and_may_move(cuda):
-    denoiser = make_denoiser()
+def test_weights_may_change_in_place_and_may_move(cuda, denoiser):
     guided = wrap(denoiser)
     first = call(guided)
     weight = next(p for p in denoiser.parameters() if p.ndim == 4)
@@ -191,10 +228,9 @@ def test_weights_may_change_in_place_and_may_move(cuda):
 
 
 def test_gradients_run_eagerly(cuda, denoiser):
-    x, sigma, cond, uncond = inputs()
-    guided = wrap(denoiser)
+    x, args = forms.latents()
     x.requires_grad_()
-    guided(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0).sum().backward()
+    wrap(denoiser)(x, torch.full((2,), 3.0), **args).sum().backward()
     assert x.grad.norm() > 0 and CPUGraph.replays == 0
 
 
@@ -204,12 +240,12 @@ def test_inference_mode_and_no_grad_share_their_graphs(cuda, denoiser, inference
     with torch.inference_mode(inference_first):
         call(guided)
     expected = eager(denoiser)
-    x, sigma, cond, uncond = inputs()
     with torch.inference_mode():
-        args = {"cond": cond.clone(), "uncond": uncond.clone(), "cond_scale": 2.0}
-        assert torch.equal(guided(x.clone(), sigma, **args), expected)
+        x, args = forms.latents()
+        x, sigma = x * 3.0, torch.full((2,), 3.0)
+        assert torch.equal(guided(x, sigma, **args), expected)
         args["cond"].mul_(2)  # an inference tensor counts no versions
-        doubled = guided(x.clone(), sigma, **args)
+        doubled = guided(x, sigma, **args)
     assert not torch.equal(doubled, expected)
     assert torch.equal(call(guided), expected) and len(guided._passes.graphs) == 2
 
@@ -282,7 +318,7 @@ def test_keywords_are_part_of_the_signature_or_refused(cuda):
     class Biased(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner_model = make_denoiser()
+            self.inner_model = forms.tiny()
 
         def forward(self, x, sigma, bias=0.0, **kwargs):
             return self.inner_model(x, sigma, **kwargs) + (bias if isinstance(bias, float) else 0)
@@ -322,5 +358,5 @@ def test_on_a_cpu_it_warns_and_runs_eagerly(denoiser):
 
 
 def test_a_limit_below_one_step_is_an_error(denoiser):
-    with pytest.raises(ValueError, match="limit must be 2 or more, since a guided step replays two graphs, got 1"):
-        ksag.SAGDenoiser(denoiser, cond_key="mapping_cond").use_cuda_graphs(1)
+    with pytest.raises(ValueError, match="limit must be 2 or more, since a guided step may replay two graphs, got 1"):
+        ksag.SAGDenoiser(denoiser).use_cuda_graphs(1)

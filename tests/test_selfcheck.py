@@ -348,11 +348,17 @@ def test_a_misread_layer_is_refused(name):
 
 
 def test_linear_attention_is_refused():
-    model, _ = unet(SanaLinearAttnProcessor2_0())
+    """As its processor when the model is wrapped, or one that it is given afterwards."""
+    model, layer = unet(SanaLinearAttnProcessor2_0())
+    with pytest.raises(ValueError, match="is refused: linear attention has no softmax"):
+        AttentionTap(model, check=False)
     run = functools.partial(diffusers_call, model, X)
-    record(AttentionTap(model, check=False), run)  # read without a word, although it takes no softmax
+    layer.set_processor(AttnProcessor())
+    tap, unchecked = AttentionTap(model), AttentionTap(model, check=False)
+    layer.set_processor(SanaLinearAttnProcessor2_0())
+    record(unchecked, run)  # read without a word, although it takes no softmax
     with pytest.raises(ValueError, match="its processor, a SanaLinearAttnProcessor2_0"):
-        record(AttentionTap(model), run)
+        record(tap, run)
 
 
 READ_THROUGH_SDPA = {
@@ -488,13 +494,14 @@ def test_half_precision_is_never_refused(name, how, dtype, monkeypatch):
     x = torch.randn(2, case.channels, *case.sizes[0]) * 2
     if how == "cast":
         in_dtype(layer, dtype)
-    for _ in range(3):  # logits 1, 16 and 256 times as large
+    for factor in 1.0, 16.0:  # the second time, the logits are 256 times as large
+        peaked(layer, factor)
         tap = AttentionTap(model)
         with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
-            record(tap, functools.partial(case.call, model, x))
+            for _ in range(2):  # the second one checks a part of the queries
+                record(tap, functools.partial(case.call, model, x))
         assert checked(tap)
         tap.close()
-        peaked(layer)
 
 
 @pytest.mark.parametrize("upcast", [True, False])
@@ -806,6 +813,68 @@ def test_a_check_that_was_interrupted_is_done_at_the_next_call(monkeypatch):
         record(tap, run)
     with pytest.raises(ValueError, match="its processor, a OwnWay"):
         record(tap, run)
+
+
+# A processor that changes by an attribute of its own is found at a later check
+
+
+WATCHED = {
+    "reading": lambda: [ksag.SAG(attention=MID_ATTN1, blur_kernel_size=5)],
+    "changing": lambda: [ksag.PAG(attention=MID_ATTN1)],
+    "both": lambda: [ksag.SAG(attention=MID_ATTN1, blur_kernel_size=5), ksag.PAG(attention=MID_ATTN1)],
+}
+
+
+def watched(what, **options):
+    processor = OwnWay("nothing")
+    model, _ = unet(processor)
+    return processor, ksag.GuidedDenoiser(Denoiser(model, diffusers_call), WATCHED[what](), **options)
+
+
+@pytest.mark.parametrize("changes_at", [2, 3, 5, 9])
+@pytest.mark.parametrize("what", WATCHED)
+def test_a_change_that_shows_nowhere_is_found_at_the_next_check(what, changes_at):
+    processor, guided = watched(what)
+    found = next(call for call in range(changes_at, 100) if checks.is_due(call))
+    right = max(call for call in range(1, changes_at) if checks.is_due(call))
+    expected = guided(X, torch.ones(2))
+    for call in range(2, found):
+        processor.what = "scale" if call >= changes_at else "nothing"
+        guided(X, torch.ones(2))
+    processor.what = "scale"
+    message = rf"found at guided call {found} of this wrapper; it was right at call {right}, so calls since then may be affected"
+    with pytest.raises(ValueError, match=message):
+        guided(X, torch.ones(2))
+    with pytest.raises(ValueError, match="its processor, a OwnWay"):  # and at each call from then on
+        guided(X, torch.ones(2))
+    processor.what = "nothing"
+    guided.reset()
+    assert torch.equal(guided(X, torch.ones(2)), expected)
+
+
+@pytest.mark.parametrize("what", WATCHED)
+@pytest.mark.parametrize("begin", ["sigma", "reset", "run"])
+def test_a_change_between_two_runs_is_found_at_the_first_call_of_the_second(what, begin):
+    processor, guided = watched(what)
+    for sigma in 2.0, 1.5, 1.2, 1.0, 0.8:
+        guided(X, torch.full((2,), sigma))
+    processor.what = "mask"
+    if begin == "reset":
+        guided.reset()
+    next_run = guided.run() if begin == "run" else guided
+    with pytest.raises(ValueError, match="found at guided call 6 of this wrapper; it was right at call 4"):
+        next_run(X, torch.full((2,), 2.0 if begin == "sigma" else 0.7))
+
+
+def test_a_late_check_counts_guided_calls_however_many_passes_they_take():
+    processor = OwnWay("nothing")
+    denoiser, text = Denoiser(unet(processor)[0], lambda model, x, cond: model(x, 500, cond)), torch.ones(2, 7, 64)
+    guided = ksag.GuidedDenoiser(denoiser, WATCHED["both"](), batch_cond=False)
+    for _ in range(3):
+        guided(X, torch.ones(2), cond=text, uncond=text * 0)
+    processor.what = "scale"
+    with pytest.raises(ValueError, match="found at guided call 4 of this wrapper"):
+        guided(X, torch.ones(2), cond=text, uncond=text * 0)
 
 
 # It says that it was done
