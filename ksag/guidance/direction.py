@@ -86,13 +86,13 @@ class Setting:
         self.check = check
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+        self.kept_as = f"_{name}"
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else instance.__dict__[self.name]
+        return self if instance is None else getattr(instance, self.kept_as)
 
     def __set__(self, instance: Any, value: Any) -> None:
-        instance.__dict__[self.name] = self.check(value)
+        setattr(instance, self.kept_as, self.check(value))
 
 
 class Direction:
