@@ -1,4 +1,4 @@
-"""Samples → PNG files that a person can read, with the parameters in their text chunks."""
+"""Samples → PNG files with their parameters in text chunks."""
 
 import itertools
 import os
@@ -6,31 +6,31 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
-INK, FAINT, PAPER, GLOW = (24, 24, 27), (95, 95, 105), (255, 255, 255), (255, 150, 0)
+INK, FAINT, PAPER = (24, 24, 27), (95, 95, 105), (255, 255, 255)
 
 
 def check_writable(out: Path) -> None:
-    """Raises an error now, rather than after sampling, if `out` cannot be written. Makes the folders that it needs.
+    """Raises an error before sampling if `out` cannot be written. Creates its folders.
 
     Args:
-        out: a .png file, or else (no ending) a folder.
+        out: a .png file, or a folder (no ending).
 
     Raises:
-        ValueError: another ending, or a folder that is called .png.
-        OSError: it cannot be written; the message has the system's reason.
+        ValueError: another ending, or a folder named like a file.
+        OSError: it cannot be written, with the system's reason.
 
     >>> check_writable(Path("samples.jpg"))
     Traceback (most recent call last):
-    ValueError: --out samples.jpg must end in .png, or be a folder (no ending) for one PNG per sample.
+    ValueError: --out samples.jpg must end in .png, or be a folder (no ending) with a PNG per sample.
     """
     if out.suffix and out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} must end in .png, or be a folder (no ending) for one PNG per sample.")
+        raise ValueError(f"--out {out} must end in .png, or be a folder (no ending) with a PNG per sample.")
     if out.suffix and out.is_dir():
         raise ValueError(f"--out {out} is a folder; give a file name that ends in .png.")
     folder = out.parent if out.suffix else out
@@ -42,7 +42,7 @@ def check_writable(out: Path) -> None:
 
 
 def save(image: Image.Image, path: Path, parameters: str) -> None:
-    """Writes a PNG whole or not at all, its parameters in the text chunk that image tools read ("parameters").
+    """Writes a PNG with its parameters in the text chunk "parameters", which image tools read. The file is never incomplete.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(Image.new("RGB", (8, 8)), Path(folder, "cat.png"), "a cat\\nSteps: 20")
@@ -88,7 +88,7 @@ def free_name(path: Path) -> Path:
 
 
 def to_image(sample: Tensor, scale: int = 1) -> Image.Image:
-    """(c, h, w) in [-1, 1], c 1 or 3 → an RGB picture, `scale` times as large. What lies outside is clamped.
+    """(c, h, w) in [-1, 1], c 1 or 3 → an RGB picture, `scale` times as large. Other values are clamped.
 
     >>> import torch
     >>> to_image(torch.zeros(3, 8, 12), scale=2).size
@@ -119,83 +119,63 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Ima
     return canvas
 
 
-def compare(plain: Image.Image, with_sag: Image.Image) -> Image.Image:
-    """The two beside each other, labelled.
+def compare(plain: Image.Image, guided: Image.Image, label: str) -> Image.Image:
+    """Both pictures in one, labelled "plain" and `label`.
 
-    >>> compare(Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64))).size
+    >>> compare(Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64)), "with SAG").size
     (130, 80)
     """
-    size = max(11, with_sag.width // 32)
-    both, bar = grid([plain, with_sag], 2, gap=2).crop((2, 2, 2 * with_sag.width + 4, with_sag.height + 2)), size + 5
+    size = max(11, guided.width // 32)
+    both, bar = grid([plain, guided], 2, gap=2).crop((2, 2, 2 * guided.width + 4, guided.height + 2)), size + 5
     canvas = Image.new("RGB", (both.width, both.height + bar), PAPER)
     canvas.paste(both, (0, bar))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size)
-    for i, label in enumerate(("plain", "with SAG")):
-        draw.text((i * (with_sag.width + 2) + with_sag.width / 2, bar / 2), label, INK, font, anchor="mm")
+    for i, text in enumerate(("plain", label)):
+        draw.text((i * (guided.width + 2) + guided.width / 2, bar / 2), text, INK, font, anchor="mm")
     return canvas
 
 
-def overlay(image: Image.Image, mask: Tensor) -> Image.Image:
-    """The picture in pale grey, glowing where `mask` (1, h, w) in [0, 1] is high; of the picture's size.
+def demo(rows: Sequence[tuple[str, Tensor]], names: Sequence[str], title: str, settings: str) -> Image.Image:
+    """Samples from the same noise in one picture, a row for each way of sampling.
 
-    >>> import torch
-    >>> overlay(Image.new("RGB", (16, 16)), torch.ones(1, 4, 4)).getpixel((0, 0))
-    (232, 154, 41)
-    """
-    grey = image.convert("L").point(lambda value: 165 + value * 0.35).convert("RGB")
-    alpha = to_pil_image((mask * 191).round().byte().cpu()).resize(image.size, Image.Resampling.BILINEAR)
-    return Image.composite(Image.new("RGB", image.size, GLOW), grey, alpha)
-
-
-def difference(a: Image.Image, b: Image.Image) -> Image.Image:
-    """White where two pictures are the same, black where they differ by a third of the range or more.
-
-    >>> difference(Image.new("RGB", (1, 1), (200, 200, 200)), Image.new("RGB", (1, 1), (170, 170, 170))).getpixel((0, 0))
-    (165, 165, 165)
-    """
-    return ImageChops.difference(a, b).convert("L").point(lambda value: 255 - min(255, 3 * value)).convert("RGB")
-
-
-def demo(plain: Tensor, with_sag: Tensor, looked: Tensor, names: Sequence[str], settings: str) -> Image.Image:
-    """Samples without and with SAG, one below the other, large; below them, small, what changed, and where the model looked.
-
-    It lies on a white card whose corners are transparent, for light and dark pages alike.
+    The picture is a white card with transparent corners, for light and dark pages.
 
     Args:
-        plain, with_sag: (b, c, h, w) in [-1, 1].
-        looked: (b, 1, h, w), the share of the steps at which a pixel was in the mask.
-        names: what each sample shows.
+        rows: a label and its samples, (b, c, h, w) in [-1, 1]. The label's first line is a heading, the rest explains it.
+        names: what each sample shows, above its column.
+        title: a line at the top.
         settings: a line at the bottom.
     """
-    scale = max(1, round(192 / plain.shape[-1]))
-    before, after = ([to_image(x, scale) for x in samples] for samples in (plain, with_sag))
-    w, h = after[0].size
-    gap, left, top = 12, 148, 64 if any(names) else 24
-    small = (w - gap) // 2, h * ((w - gap) // 2) // w
-    rows = [top, top + h + gap, top + 2 * (h + gap)]
-    medium, little = (ImageFont.load_default(size) for size in (19, 14))
-    width = left + len(names) * (w + gap) + 12
-    lines = _wrapped(settings, little, width - 2 * 24)
-    card = Image.new("RGB", (width, rows[2] + small[1] + 40 + 18 * len(lines)), PAPER)
+    side = max(1, round(192 / rows[0][1].shape[-1]))
+    pictures = [[to_image(x, side) for x in samples] for _, samples in rows]
+    w, h = pictures[0][0].size
+    large, medium, small = (ImageFont.load_default(size) for size in (22, 15, 13))
+    margin, gap, left = 24, 12, 212
+    width = left + len(names) * (w + gap) + margin - gap
+    titles = _wrapped(title, large, width - 2 * margin)
+    columns = ["\n".join(_wrapped(name, small, w)) for name in names]
+    footer = _wrapped(settings, small, width - 2 * margin)
+    lines = max((column.count("\n") + 1 for column in columns if column), default=0)
+    top = margin + 28 * len(titles) + 17 * lines + 2 * gap
+    card = Image.new("RGB", (width, top + len(rows) * (h + gap) + 18 * len(footer) + margin), PAPER)
     draw = ImageDraw.Draw(card)
-    draw.text((24, rows[0] + h / 2), "plain", INK, medium, anchor="lm")
-    draw.text((24, rows[1] + h / 2), "with SAG", INK, medium, anchor="lm")
-    label = "what changed\n(dark), where\nthe model looked\n(orange)"
-    draw.multiline_text((24, rows[2] + small[1] / 2), label, FAINT, little, anchor="lm", spacing=5)
-    for i, name in enumerate(names):
-        x = left + i * (w + gap)
-        title = "\n".join(_wrapped(name, little, w))
-        draw.multiline_text((x + w / 2, top - 10), title, FAINT, little, anchor="md", align="center")
-        card.paste(before[i], (x, rows[0]))
-        card.paste(after[i], (x, rows[1]))
-        for j, image in enumerate((difference(before[i], after[i]), overlay(after[i], looked[i]))):
-            card.paste(image.resize(small, Image.Resampling.LANCZOS), (x + j * (small[0] + gap), rows[2]))
-    draw.multiline_text((24, card.height - 18), "\n".join(lines), FAINT, little, anchor="ld", spacing=4)
+    draw.multiline_text((margin, margin), "\n".join(titles), INK, large)
+    for i, column in enumerate(columns):
+        draw.multiline_text((left + i * (w + gap) + w / 2, top - 8), column, FAINT, small, anchor="md", align="center")
+    for (label, _), images, y in zip(rows, pictures, range(top, card.height, h + gap), strict=False):
+        heading, _, explanation = label.partition("\n")
+        text = _wrapped(explanation, medium, left - margin - gap)
+        middle = y + h / 2 - 10 * len(text)
+        draw.text((margin, middle), heading, INK, large, anchor="lm")
+        draw.multiline_text((margin, middle + 18), "\n".join(text), FAINT, medium, spacing=4)
+        for i, image in enumerate(images):
+            card.paste(image, (left + i * (w + gap), y))
+    draw.multiline_text((margin, card.height - margin), "\n".join(footer), FAINT, small, anchor="ld", spacing=4)
     return _on_card(card)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
-    """The text's words in lines of at most so many pixels."""
+    """The text's words in lines of at most `width` pixels."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
@@ -207,7 +187,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
 
 
 def _on_card(image: Image.Image, radius: int = 14) -> Image.Image:
-    """Its corners rounded and transparent, with a thin edge."""
+    """The picture with rounded, transparent corners and a thin edge."""
     mask = Image.new("L", (image.width * 4, image.height * 4), 0)
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), radius * 4, fill=255)
     ImageDraw.Draw(image).rounded_rectangle((0, 0, image.width - 1, image.height - 1), radius, outline=(225, 225, 230))

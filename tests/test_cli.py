@@ -1,6 +1,7 @@
 """Do the commands do what their options say, and say what is wrong?"""
 
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -20,8 +21,7 @@ from ksag import images as picture
 from ksag import zoo
 from ksag.commands.cli import main
 from ksag.commands.infotext import SAMPLER_NAMES
-from ksag.commands.options import LEFT_OUT, SAG_OPTIONS
-from ksag.model.parameters import PARAMETERS
+from ksag.commands.options import LEFT_OUT, OPTIONS
 from ksag.samplers import SAMPLERS
 from ksag.samplers import sample as sample_latents
 from tests.commands import READERS, invoke, pixels, save_small_model, save_small_transformer, text
@@ -52,31 +52,80 @@ def bundled(*args, **options):
 def test_demo(tmp_path):
     out = tmp_path / "demo.png"
     output = invoke("demo", "--steps", 4, "--n", 2, "--seed", 8, "--category", "animals,food", "--device", "cpu", "--out", out)
-    scale, sigma = zoo.SETTINGS["sag_scale"], zoo.SETTINGS.get("blur_sigma", 2)
-    shown = f"seeds 8 to 9, euler, 4 steps, sag_scale {scale:g}, blur_sigma {sigma:g}"
+    sag, pag = zoo.directions()
+    shown = f"seeds 8 to 9, euler, 4 steps; strength: SAG {zoo.SETTINGS['sag_scale']:g}, SAG {sag.scale:g} + PAG {pag.scale:g}"
     assert f"The picture is in {out}" in output and shown in output
-    assert re.search(r"[\d.]+ s without SAG, [\d.]+ s with it", output)
+    assert re.search(r"plain [\d.]+ s, SAG [\d.]+ s, SAG \+ PAG [\d.]+ s", output)
     assert text(out).startswith("Animals & Nature; Food & Drink\nNegative prompt: \nSteps: 4, Sampler: Euler")
+    assert f"SAG scale: {sag.scale:g}, " in text(out) and f"PAG scale: {pag.scale:g}, " in text(out)
     with Image.open(out) as image:
         assert image.mode == "RGBA"
         assert [image.getpixel(corner)[3] for corner in ((0, 0), (image.width - 1, image.height - 1))] == [0, 0]
         assert image.getpixel((image.width // 2, 8)) == (255, 255, 255, 255)
 
 
-def test_demo_of_one_sample_is_wide_enough_for_its_words():
+def rows_of_demo(monkeypatch, *args):
+    """What the demo draws: label → samples."""
+    drawn = []
+    monkeypatch.setattr(picture, "demo", lambda rows, *_: drawn.append(dict(rows)) or Image.new("RGB", (8, 8)))
+    invoke("demo", "--steps", 4, "--n", 1, "--device", "cpu", *args)
+    return {label.partition("\n")[0]: samples for label, samples in drawn[0].items()}
+
+
+def test_the_rows_of_the_demo_are_plain_sag_and_the_combination_from_the_same_noise(bundled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = rows_of_demo(monkeypatch)
+    cond, _ = zoo.conditioning([zoo.CATEGORIES[0]])
+    config = zoo.load_config()["model"]
+    sigmas = K.sampling.get_sigmas_karras(4, config["sigma_min"], config["sigma_max"])
+
+    def sampled(*directions):
+        with ksag.GuidedDenoiser(bundled, directions, cond_key="mapping_cond") as guided:
+            return sample_latents("euler", guided, (3, 64, 64), sigmas, [0], {"cond": cond})
+
+    expected = {
+        "plain": sampled(),
+        "SAG": sampled(zoo.directions(sag_scale=zoo.SETTINGS["sag_scale"])[0]),
+        "SAG + PAG": sampled(*zoo.directions()),
+    }
+    assert list(rows) == list(expected)
+    for label, x in expected.items():
+        torch.testing.assert_close(rows[label], x, rtol=0, atol=1e-4)
+    assert (expected["SAG"] - expected["plain"]).abs().max() > 1e-2
+    assert (expected["SAG + PAG"] - expected["SAG"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("args", "labels"),
+    [
+        (["--pag-scale", 0], ["plain", "SAG"]),
+        (["--sag-scale", 0], ["plain", "PAG"]),
+        (["--sag-scale", 0, "--seg-scale", 1], ["plain", "PAG + SEG"]),
+        (["--seg-scale", 1], ["plain", "SAG", "SAG + PAG + SEG"]),
+    ],
+)
+def test_the_demo_shows_the_directions_that_are_asked_for(tmp_path, monkeypatch, args, labels):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ksag.commands.demo.by_shares", lambda *_: [torch.zeros(1, 3, 64, 64)])
+    assert list(rows_of_demo(monkeypatch, *args)) == labels
+
+
+def test_the_demos_picture_has_room_for_its_words():
     x = torch.zeros(1, 3, 64, 64)
-    words = "seed 0, dpmpp_2m_sde, 24 steps, cond_scale 1.5, sag_scale 1, blur_sigma 2"
-    one = picture.demo(
-        x, x, torch.zeros(1, 1, 64, 64), ["Travel & Places, fluent-emoji-flat, and more than fits into a line"], words
-    )
-    without = picture.demo(x, x, torch.zeros(1, 1, 64, 64), [""], "")
-    assert one.width == without.width and one.height > without.height  # the words took more lines, not more room
-    margin = pil_to_tensor(one.convert("L").crop((one.width - 10, 20, one.width - 2, one.height - 20)))
+    settings = "seed 0, dpmpp_2m_sde, 24 steps, cond_scale 1.5; strength: SAG 1.4, SAG 0.7 + PAG 0.75"
+    labels = "plain\nordinary sampling", "SAG + PAG\nSelf-Attention and Perturbed-Attention Guidance"
+    name = "Travel & Places, fluent-emoji-flat, and more than fits into a line"
+    full = picture.demo([(label, x) for label in labels], [name], "The same model and the same noise, sampled two ways", settings)
+    bare = picture.demo([(label, x) for label in labels], [""], "", "")
+    assert full.width == bare.width and full.height > bare.height  # the words take more lines, and no more width
+    margin = pil_to_tensor(full.convert("L").crop((full.width - 10, 20, full.width - 2, full.height - 20)))
     assert margin.min() == 255
+    more = picture.demo([("plain", x)] * 3, [""], "", "")
+    assert more.height - bare.height == 192 + 12
 
 
 def test_demo_without_guidance_is_refused():
-    assert "nothing to compare" in invoke("demo", "--sag-scale", 0, code=2)
+    assert "nothing to compare" in invoke("demo", "--sag-scale", 0, "--pag-scale", 0, code=2)
 
 
 def test_a_demo_does_not_replace_the_last_one(tmp_path, monkeypatch):
@@ -121,10 +170,11 @@ def test_the_picture_is_that_of_the_library(tmp_path, bundled):
 
 def test_steps_that_step_over_the_sigma_range_are_said(tmp_path):
     out = tmp_path / "x.png"
-    said = "No step begins where SAG acts: sigma_range is 0.4 to 12, and the steps begin at 160, 0.32."
-    assert said in bundled("--n", 1, "--out", out)
+    said = "{} acts at no step. Its sigma range is 0.4 to 12, and the steps begin at 160, 0.32. Give more --steps, or another {}."
+    assert said.format("SAG", "--sigma-range") in bundled("--n", 1, "--out", out)
+    assert said.format("PAG", "--pag-sigma-range") in bundled("--n", 1, "--out", out, "--pag-scale", 1, "--sag-scale", 0)
     for options in (["--sag-scale", 0], ["--sigma-range", 0.3, 1]):
-        assert "where SAG acts" not in bundled("--n", 1, "--out", out, *options)
+        assert "acts at no step" not in bundled("--n", 1, "--out", out, *options)
 
 
 def test_a_model_of_emoji_of_ones_own_has_categories_too(tmp_path):
@@ -156,11 +206,49 @@ def test_a_transformer_that_takes_its_class_by_number(tmp_path):
     assert (pixels(tmp_path / "1.png") - pixels(tmp_path / "any.png")).abs().mean() > 1
 
 
-def test_every_parameter_is_an_option_or_is_left_out_on_purpose():
-    assert set(SAG_OPTIONS) == set(PARAMETERS) - set(LEFT_OUT) | {"attention"}
-    assert not set(SAG_OPTIONS) & set(LEFT_OUT)
-    words = invoke("sample", "--help")
-    assert all(f"--{name.replace('_', '-')}" in words for name in SAG_OPTIONS)
+@pytest.mark.parametrize("owner", [ksag.GuidedDenoiser, ksag.SAG, ksag.PAG, ksag.SEG])
+def test_every_parameter_is_an_option_or_is_left_out_on_purpose(owner):
+    settings = {option.setting for option in OPTIONS.values() if option.owner is owner}
+    assert settings == set(inspect.signature(owner).parameters) - LEFT_OUT.keys()
+
+
+@pytest.mark.parametrize("command", ["sample", "demo"])
+def test_help_has_every_option_and_says_when_one_pass_saves_time(command):
+    words = invoke(command, "--help")
+    assert all(f"--{name.replace('_', '-')}" in words for name in OPTIONS)
+    assert "saves time where the model's batch of three costs less than two calls" in words.lower()
+
+
+def test_sag_and_pag_and_seg_from_the_shell_are_the_librarys(weights, tmp_path, sample):
+    up, down = "inner_model.u_net.u_blocks.0.1", "inner_model.u_net.d_blocks.1.2"
+    sample("--steps", 3, "--classes", "cat", "--sag-scale", 0.7, "--pag-scale", 1.5, "--pag-attention", f"{up}, {down}",
+           "--pag-sigma-range", 0.02, 200, "--pag-every", 2, "--seg-scale", 2, "--seg-blur-sigma", 1, "--seg-attention", down,
+           "--out", tmp_path / "x.png")  # fmt: skip
+    directions = [ksag.SAG(0.7), ksag.PAG(1.5, [up, down], sigma_range=(0.02, 200.0), every=2), ksag.SEG(2.0, 1.0, down)]
+    with ksag.GuidedDenoiser(zoo.load(weights), directions, cond_key="mapping_cond") as guided:
+        args = {"cond": torch.tensor([[0.0, 1.0, 0.0]])}
+        x = sample_latents("euler", guided, (3, 16, 16), K.sampling.get_sigmas_karras(3, 0.01, 80.0), [0], args)
+    assert torch.equal(pixels(tmp_path / "x.png"), ((x[0].clamp(-1, 1) + 1) * 127.5).round())
+    words = text(tmp_path / "x.png")
+    assert f'PAG scale: 1.5, PAG attention: "{up}, {down}", PAG sigma range: 0.02-200, PAG every: 2, SEG scale: 2, ' in words
+    for reader in READERS:
+        assert reader(words)[2]["SEG blur sigma"] == "1"
+
+
+def test_each_direction_can_be_switched_off(tmp_path, sample):
+    sample("--sag-scale", 0, "--pag-scale", 2, "--out", tmp_path / "pag.png")
+    assert "PAG scale: 2, " in text(tmp_path / "pag.png") and "SAG" not in text(tmp_path / "pag.png")
+    sample("--sag-scale", 0, "--out", tmp_path / "plain.png")
+    sample("--sag-scale", 0, "--pag-scale", 0, "--seg-scale", 0, "--out", tmp_path / "zero.png")
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "zero.png").read_bytes()
+    assert (pixels(tmp_path / "pag.png") - pixels(tmp_path / "plain.png")).abs().mean() > 1
+
+
+def test_the_bundled_model_has_layers_for_pag_which_is_off(tmp_path):
+    bundled("--n", 1, "--out", tmp_path / "x.png")
+    assert "PAG" not in text(tmp_path / "x.png")
+    bundled("--n", 1, "--pag-scale", 0.75, "--out", tmp_path / "x.png")
+    assert f'PAG scale: 0.75, PAG attention: "{", ".join(zoo.PAG_LAYERS)}", PAG sigma range: 0.4-12' in text(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +260,9 @@ def test_every_parameter_is_an_option_or_is_left_out_on_purpose():
         (["--mask-threshold", 1.5], "SAG mask threshold: 1.5"),
         (["--sigma-range", 20, "inf"], "SAG sigma range: 20-inf"),
         (["--one-pass"], "SAG one pass: True"),
+        (["--pag-scale", 2], "PAG scale: 2"),
+        (["--pag-scale", 2, "--pag-attention", "inner_model.u_net.u_blocks.0.1"], "PAG attention: inner_model.u_net.u_blocks.0.1"),
+        (["--seg-scale", 2], "SEG scale: 2"),
         (["--every", 2], "SAG every: 2"),
         (["--cfg-rule", "apg:0.5", "--cond-scale", 3], "CFG rule: \"apg(eta=0.5, norm_threshold=None, momentum=-0.5)\""),
         (["--cfg-rule", "rescale:0.7", "--cond-scale", 3], "CFG rule: rescale(phi=0.7)"),
@@ -223,8 +314,9 @@ def test_a_grid_with_its_parameters(tmp_path, sample):
     assert pixels(out).shape == (3, 18 + 2, 3 * 18 + 2)
     assert re.fullmatch(
         r"cat\nNegative prompt: \nSteps: 2, Sampler: Euler, Schedule type: Karras, CFG scale: 1, Size: 16x16, Model: small, "
-        r"Model hash: [0-9a-f]{10}, SAG scale: 0.5, SAG blur sigma: 2, SAG blur kernel size: 9, SAG mask threshold: 1, "
-        r"SAG sigma range: 0-inf, SAG one pass: False, SAG every: 1, CFG rule: plain, SAG attention: middle, Precision: float32, "
+        r"Model hash: [0-9a-f]{10}, CFG rule: plain, SAG scale: 0.5, SAG blur sigma: 2, SAG blur kernel size: 9, "
+        r"SAG mask threshold: 1, SAG attention: middle, SAG sigma range: 0-inf, SAG one pass: False, SAG every: 1, "
+        r"Precision: float32, "
         rf"Seed: 4, Version: ksag {ksag.__version__}",
         text(out),
     )
@@ -240,15 +332,17 @@ def test_the_default_file_is_not_replaced_but_a_given_one_is(tmp_path, sample, m
     assert Path("ksag-samples.png").read_bytes() == Path("ksag-samples-2.png").read_bytes() != first
 
 
-def test_plain_beside_sag_and_enlarged(tmp_path, sample):
-    sample("--compare", "--zoom", 4, "--out", tmp_path / "both.png")
-    sample("--zoom", 4, "--out", tmp_path / "sag.png")
+@pytest.mark.parametrize("guidance", [(), ("--pag-scale", 2)])
+def test_plain_beside_guided_and_enlarged(tmp_path, sample, guidance):
+    sample("--compare", "--zoom", 4, *guidance, "--out", tmp_path / "both.png")
+    sample("--zoom", 4, *guidance, "--out", tmp_path / "sag.png")
     sample("--zoom", 4, "--sag-scale", 0, "--out", tmp_path / "plain.png")
     both = pixels(tmp_path / "both.png")
     assert both.shape[2] == 2 * 64 + 2
     assert torch.equal(both[:, -64:, -64:], pixels(tmp_path / "sag.png"))
     assert torch.equal(both[:, -64:, :64], pixels(tmp_path / "plain.png"))
     assert both[:, :-64].min() < 100  # the labels
+    assert (both[:, -64:, -64:] - both[:, -64:, :64]).abs().mean() > 1
     assert "SAG scale: 0," in text(tmp_path / "plain.png") and "SAG blur" not in text(tmp_path / "plain.png")
 
 
@@ -282,6 +376,10 @@ def test_image_tools_read_the_parameters(tmp_path, sample, reader):
         (["--sag-scale", "inf"], "sag_scale must be a finite number, got inf"),
         (["--cond-scale", "nan"], "--cond-scale must be a finite number, got nan"),
         (["--sigma-range", "3", "1"], "give (1.0, 3.0)?"),
+        (["--pag-scale", "nan"], "scale must be a finite number, got nan"),
+        (["--pag-attention", "mid"], "--pag-attention needs --pag-scale: PAG is off by default"),
+        (["--seg-scale", "1", "--seg-blur-sigma", "-1"], "or inf for the mean, got -1.0"),
+        (["--sag-scale", "0", "--compare"], "--compare needs guidance"),
         (["--every", "0"], "every=n computes the direction every n-th call, n = 1 or more"),
         (["--cfg-rule", "rescal"], "Did you mean 'rescale'"),
         (["--cfg-rule", "rescale:2"], "0 to 1, got 2.0"),
@@ -400,7 +498,7 @@ def test_the_pages_commands_can_be_given(tmp_path, monkeypatch, line):
 def test_help_is_for_a_person():
     assert "ksag demo" in invoke("--help")
     words = invoke("sample", "--help")
-    assert all(sampler in words for sampler in SAMPLERS) and "does so by seed" in words
+    assert all(sampler in words for sampler in SAMPLERS) and "each seed takes the next one" in words
 
 
 # Errors while the model runs

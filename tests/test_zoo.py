@@ -116,6 +116,17 @@ def test_sag_acts_on_the_bundled_model_where_its_settings_say(bundled):
     assert (result - plain).abs().max() > 1e-3
 
 
+def test_the_recommended_combination_guides_the_bundled_model(bundled):
+    sag, pag = zoo.directions()
+    assert (sag.blur_sigma, sag.attention) == (zoo.SETTINGS["blur_sigma"], zoo.SETTINGS["attention"])
+    assert [direction.scale for direction in zoo.directions(2.0, 0.0)] == [2.0, 0.0]
+    guided = ksag.GuidedDenoiser(bundled, [sag, pag], cond_key="mapping_cond")
+    x, sigma, args = torch.randn(2, 3, 64, 64) * 2, torch.full((2,), 2.0), {"cond": zoo.conditioning(["Objects", None])[0]}
+    with guided.trace() as steps:
+        guided(x, sigma, **args)
+    assert [step.name for step in steps] == ["SAG", "PAG"] and all(step.direction.abs().max() > 1e-3 for step in steps)
+
+
 # Files that are whole
 
 

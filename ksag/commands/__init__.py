@@ -1,1 +1,1 @@
-"""What stands behind `ksag`: a file for each command, and one for each thing that they share."""
+"""The commands of `ksag`: a file for each, and files for their common parts."""

@@ -75,7 +75,8 @@ class Checkpoint:
         style: str | None = None,
         classes: str | None = None,
     ):
-        self.recommended = {} if path else zoo.SETTINGS
+        sag_alone = zoo.SETTINGS["sag_scale"]
+        self.recommended = [] if path else zoo.directions(sag_scale=sag_alone, pag_scale=0.0)
         path = path or zoo.EMOJI
         self.device, self.autocast = device, dtype
         self.denoiser, config = zoo.load(path, device), zoo.load_config(path)
@@ -102,7 +103,8 @@ class Checkpoint:
 
     def sigmas(self, steps: int, schedule: str) -> Tensor:
         levels = K.sampling.get_sigmas_exponential if schedule == "exponential" else K.sampling.get_sigmas_karras
-        return levels(steps, self.config["sigma_min"], self.config["sigma_max"], device=self.device)
+        sigmas: Tensor = levels(steps, self.config["sigma_min"], self.config["sigma_max"], device=self.device)
+        return sigmas
 
     def conditioning(self, seeds: Sequence[int]) -> dict[str, Any]:
         if self.cond_key is None:

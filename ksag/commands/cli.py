@@ -47,7 +47,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @version_option
 def main() -> None:
-    """Self-Attention Guidance for k-diffusion samplers.
+    """Self-Attention Guidance (SAG), PAG and SEG for k-diffusion samplers.
 
-    `ksag demo` shows what it does, `ksag sample` makes pictures with it, and `ksag evaluate` judges folders of them.
+    `ksag demo` shows their effect, `ksag sample` makes pictures with them, and `ksag evaluate` judges folders of pictures.
     """

@@ -1,4 +1,4 @@
-"""The command `ksag demo`: the bundled model without and with SAG, in one picture."""
+"""The command `ksag demo`: the bundled model without and with guidance, in one picture."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,22 +10,40 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import ksag
+from ksag import Direction, zoo
 from ksag import images as picture
 from ksag.commands.infotext import infotext, sampling_fields, text
 from ksag.commands.model import for_seed
 from ksag.commands.open import CATEGORY, COND_SCALE, STYLE, open_model
-from ksag.commands.options import SAG_DEFAULTS, sag_options, sampling_options
-from ksag.commands.sampling import Sampling
+from ksag.commands.options import OPTIONS, directions, guidance_options, sampling_options, wrapped
+from ksag.commands.sampling import Sampling, off, warn_if_idle
 from ksag.commands.threads import by_shares
 
 N, SEED, SAMPLER, STEPS = 4, 0, "euler", 12
-"""Those of the README's picture. Nobody chose its samples: they are the first seeds', whatever they show."""
+"""As in the README's picture. Its samples are not selected: they have the first seeds."""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+NAMES = {"SAG": "Self-Attention", "PAG": "Perturbed-Attention", "SEG": "Smoothed Energy"}
+WAYS = ("", "", "two", "three")
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def rows_of(guidance: Sequence[Direction], sag_alone: float) -> dict[str, dict[str, float]]:
+    """Label → keywords of a call, for plain sampling, SAG alone, and all directions.
+
+    >>> rows_of(zoo.directions(), sag_alone=0.7)  # doctest: +NORMALIZE_WHITESPACE
+    {'plain\\nordinary sampling': {'sag_scale': 0.0, 'pag_scale': 0.0},
+     'SAG\\nSelf-Attention Guidance': {'sag_scale': 0.7, 'pag_scale': 0.0},
+     'SAG + PAG\\nSelf-Attention and Perturbed-Attention Guidance': {}}
+    """
+    names = [direction.name for direction in guidance]
+    none = off(guidance)
+    rows = {"plain\nordinary sampling": none}
+    if "SAG" in names and len(names) > 1:
+        rows[f"SAG\n{NAMES['SAG']} Guidance"] = {**none, "sag_scale": sag_alone}
+    return {**rows, f"{' + '.join(names)}\n{' and '.join(NAMES[name] for name in names)} Guidance": {}}
 
 
 @click.command("demo")
@@ -37,58 +55,56 @@ def device_name(device: torch.device) -> str:
 @STYLE
 @COND_SCALE
 @sampling_options(SAMPLER, STEPS)
-@sag_options
+@guidance_options
 def command(
     out: Path | None, n: int, seed: int, sampler: str, steps: int, schedule: str, device: torch.device, **options: Any,
 ) -> None:  # fmt: skip
-    """Sample the bundled model without and with SAG from the same noise, into one picture.
+    """Sample the bundled model without guidance, with SAG, and with SAG and PAG, from the same noise, into one picture.
 
-    Needs no file, no network and no GPU. The samples are not chosen: they are those of the first seeds, 0 and on.
+    Needs no file, no network and no GPU. The samples are not selected: they have the first seeds, from 0 on.
 
-    The options of SAG show the library's defaults; without them, the bundled model's recommended ones are used.
+    The options show the library's defaults. Without them, the bundled model's recommended settings are used.
     """
     out = out or picture.free_name(Path("ksag-demo.png"))
     if not out.suffix or out.is_dir():
         raise click.UsageError(f"--out {out}: the demo is one picture. Give a file name that ends in .png, such as {out}/demo.png.")
     picture.check_writable(out)
-    sag = {name: value for name in SAG_DEFAULTS if (value := options.pop(name)) is not None}
-    if sag.get("sag_scale") == 0:
-        raise click.UsageError("--sag-scale 0 turns SAG off, so there would be nothing to compare.")
+    given = {name: value for name in OPTIONS if (value := options.pop(name)) is not None}
+    guidance = directions(given, zoo.directions())
+    if not guidance:
+        raise click.UsageError("All guidance is off, so there would be nothing to compare.")
+    rows = rows_of(guidance, given.get("sag_scale", zoo.SETTINGS["sag_scale"]))
     model = open_model(options, device, torch.float32)
-    sag = {**SAG_DEFAULTS, **model.recommended, **sag}
+    sigmas = model.sigmas(steps, schedule)
+    warn_if_idle(sigmas, guidance)
     seeds = range(seed, seed + n)
 
-    def run(label: str, **args: Any) -> tuple[Tensor, list[Tensor], float]:
-        """The samples, for each share of them the masks of its steps, and the seconds that it took."""
+    def run(label: str, scales: dict[str, float]) -> tuple[Tensor, float]:
+        """The samples, and the seconds that they took."""
         with tqdm(desc=label, total=n * steps, bar_format=BAR) as bar:
 
-            def share(seeds: Sequence[int], check: Callable[[], None]) -> tuple[Tensor, list[Tensor]]:
+            def share(seeds: Sequence[int], check: Callable[[], None]) -> Tensor:
                 def on_step(i: int) -> None:
                     check()
                     bar.update(len(seeds))
 
-                sampling = Sampling(model, guided, sampler, model.sigmas(steps, schedule), on_step=on_step)
-                with guided.trace() as trace:
-                    latents = sampling.latents(seeds, **args)
-                return latents.cpu(), [step.mask for step in trace]
+                return Sampling(model, guided, sampler, sigmas, on_step=on_step).latents(seeds, **scales).cpu()
 
             start = time.perf_counter()
-            samples, masks = zip(*by_shares(share, seeds, device), strict=True)
-            return torch.cat(samples), [torch.stack(steps).mean(0) for steps in masks if steps], time.perf_counter() - start
+            return torch.cat(by_shares(share, seeds, device)), time.perf_counter() - start
 
-    with ksag.SAGDenoiser(model.denoiser, cond_key=model.cond_key, **sag) as guided:
-        plain, _, seconds = run("without SAG", sag_scale=0.0)
-        with_sag, looked, sag_seconds = run("with SAG")
-    if not looked:
-        raise click.UsageError("SAG acted at no step, so there is nothing to compare: see --sigma-range.")
+    with wrapped(model, given, zoo.directions()) as guided:
+        made = {label: run(label.partition("\n")[0], scales) for label, scales in rows.items()}
 
     names = [for_seed(model.prompts, seed) for seed in seeds]
     shown = f"seeds {seed} to {seed + n - 1}" if n > 1 else f"seed {seed}"
     scale = f", cond_scale {text(model.cond_scale)}" if model.cond_scale != 1 else ""
-    changed = [name for name in SAG_DEFAULTS if name in ("sag_scale", "blur_sigma") or sag[name] != SAG_DEFAULTS[name]]
-    of_sag = ", ".join(f"{name} {text(sag[name])}" for name in changed if name != "attention")
-    settings = f"{shown}, {sampler}, {steps} steps{scale}, {of_sag}"
-    image = picture.demo(plain, with_sag, torch.cat(looked), names, settings)
-    picture.save(image, out, infotext("; ".join(names), None, sampling_fields(model, sag, sampler, steps, schedule), seed))
-    click.echo(f"{settings}; {device_name(device)}: {seconds:.1f} s without SAG, {sag_seconds:.1f} s with it.")
+    alone = [f"SAG {text(scales['sag_scale'])}" for scales in rows.values() if scales.get("sag_scale")]
+    together = " + ".join(f"{direction.name} {text(direction.scale)}" for direction in guidance)
+    settings = f"{shown}, {sampler}, {steps} steps{scale}; strength: {', '.join([*alone, together])}"
+    title = f"The same model and the same noise, sampled {WAYS[len(rows)]} ways"
+    image = picture.demo([(label, samples) for label, (samples, _) in made.items()], names, title, settings)
+    picture.save(image, out, infotext("; ".join(names), None, sampling_fields(model, guided, sampler, steps, schedule), seed))
+    seconds = ", ".join(f"{label.partition(chr(10))[0]} {seconds:.1f} s" for label, (_, seconds) in made.items())
+    click.echo(f"{settings}; {device_name(device)}: {seconds}.")
     click.echo(f"The picture is in {out.resolve()}")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ksag import evaluate
 from ksag.attention.table import as_text
-from ksag.commands.options import Device
+from ksag.commands import options
 from ksag.evaluate import features
 from ksag.evaluate.features import EXTRACTORS, Extractor
 
@@ -48,7 +48,7 @@ def features_of(folder: Path, extractor: Extractor, device: torch.device, batch_
               help="Write the results to this file too; - prints them.")  # fmt: skip
 @click.option("--save-statistics", type=click.Path(path_type=Path, dir_okay=False),
               help="Write the reference's statistics to this file, for --reference.")  # fmt: skip
-@click.option("--device", type=Device(), default="auto", help="cpu, cuda, mps, or auto: a GPU if there is one.")
+@click.option("--device", type=options.device, default="auto", help="cpu, cuda, mps, or auto: a GPU if there is one.")
 @click.option("--batch-size", type=click.IntRange(1), default=100, help="Pictures at a time.")
 @click.option("--cache", type=click.Path(path_type=Path, file_okay=False), default=evaluate.default_cache,
               help="Keeps the features of pictures, by their contents.", show_default="~/.cache/ksag/features")  # fmt: skip
@@ -57,7 +57,7 @@ def command(
     folders: tuple[Path, ...], reference: Path | None, name: str, weights: Path | None, json_path: Path | None,
     save_statistics: Path | None, device: torch.device, batch_size: int, cache: Path, no_cache: bool,
 ) -> None:  # fmt: skip
-    """How close are the pictures in each FOLDER to those of a reference?
+    """How close are the pictures in each FOLDER to a reference?
 
     Prints the Fréchet distance (FD, lower is closer), kernel distance (KID), precision (the share of the pictures that look like
     the reference's) and recall (the share of the reference's that look like the pictures). With several folders, such as plain and

@@ -47,7 +47,7 @@ class Folder(contextlib.AbstractContextManager["Folder"]):
         return self.path / f"{seed:06d}.png"
 
     def missing(self, seeds: Iterable[int]) -> list[int]:
-        """The seeds without a picture, or with one that is cut off."""
+        """The seeds without a picture, or with a truncated file."""
         names = set(os.listdir(self.path))
         return [seed for seed in seeds if (file := self.file(seed)).name not in names or not self._is_whole(file)]
 

@@ -1,4 +1,4 @@
-"""What made a picture, as the text that A1111's and ComfyUI's readers parse.
+"""A picture's settings, as text that A1111 and ComfyUI can read.
 
 a cat
 Negative prompt: blurry
@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ksag import __version__
+from ksag import Direction, GuidedDenoiser, __version__
 from ksag.commands.model import Model
 from ksag.guidance.cfg import shown
 
@@ -23,43 +23,46 @@ SAMPLER_NAMES = {
 
 def text(value: Any) -> str:
     """
-    >>> text(2.0), text((0.0, float("inf"))), text(0.1), text(True), text("middle")
-    ('2', '0-inf', '0.1', 'True', 'middle')
+    >>> text(2.0), text((0.0, float("inf"))), text(0.1), text(True), text(["mid.0", "up.1"])
+    ('2', '0-inf', '0.1', 'True', 'mid.0, up.1')
     """
     if callable(value):
         return shown(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "-".join(map(text, value))
+    if isinstance(value, (tuple, list)):
+        return ("-" if isinstance(value, tuple) else ", ").join(map(text, value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def sag_fields(settings: Mapping[str, Any]) -> dict[str, str]:
-    """`SAGDenoiser`'s settings, as far as they matter to the picture.
+def guidance_fields(directions: Sequence[Direction], cfg_rule: Any) -> dict[str, str]:
+    """The settings of directions that are switched on.
 
-    >>> sag_fields({"sag_scale": 0.5, "blur_sigma": 2.0})
-    {'SAG scale': '0.5', 'SAG blur sigma': '2'}
-    >>> sag_fields({"sag_scale": 0.0, "blur_sigma": 2.0})
-    {'SAG scale': '0'}
+    >>> from ksag import PAG, cfg
+    >>> guidance_fields([PAG(1.5, ["mid.0", "up.1"], every=2)], cfg.plain)  # doctest: +NORMALIZE_WHITESPACE
+    {'CFG rule': 'plain', 'PAG scale': '1.5', 'PAG attention': 'mid.0, up.1', 'PAG sigma range': '0-inf', 'PAG every': '2'}
+    >>> guidance_fields([], cfg.plain)
+    {'CFG rule': 'plain', 'SAG scale': '0'}
     """
-    names = ("sag_scale", "cfg_rule") if settings["sag_scale"] == 0 else [name for name in settings if name != "batch_cond"]
-    label = {"sag_scale": "SAG scale", "cfg_rule": "CFG rule"}
-    return {label.get(name, f"SAG {name.replace('_', ' ')}"): text(settings[name]) for name in names if name in settings}
+    fields = {"CFG rule": text(cfg_rule), **({} if directions else {"SAG scale": "0"})}
+    for direction in directions:
+        for name in direction.shown:
+            fields[f"{direction.name} {name.replace('_', ' ')}"] = text(getattr(direction, name))
+    return fields
 
 
-def sampling_fields(model: Model, sag: Mapping[str, Any], sampler: str, steps: int, schedule: str) -> dict[str, str]:
-    """All that makes the model's pictures, but for the seed."""
+def sampling_fields(model: Model, guided: GuidedDenoiser, sampler: str, steps: int, schedule: str) -> dict[str, str]:
+    """All settings of the model's pictures, except the seed."""
     return {
         "Steps": str(steps),
         "Sampler": SAMPLER_NAMES[sampler],
         "Schedule type": model.own_schedule if schedule == "model" else schedule.capitalize(),
         "CFG scale": text(model.cond_scale),
         **model.fields,
-        **sag_fields(sag),
+        **guidance_fields(guided.directions, guided.cfg_rule),
     }
 
 
 def infotext(prompt: str, negative_prompt: str | None, fields: Mapping[str, str], seed: int) -> str:
-    """Quotes a value that holds a separator, as A1111 does. ComfyUI's reader wants the line of the negative prompt, empty or not.
+    """Values with a separator are quoted, as in A1111. ComfyUI needs the line of the negative prompt even if it is empty.
 
     >>> print(infotext("a cat", "blurry", {"Steps": "24", "Model": "a, b"}, seed=7))  # doctest: +ELLIPSIS
     a cat

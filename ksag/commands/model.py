@@ -1,11 +1,13 @@
 """The interface of a model that `ksag sample` can sample."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from ksag import Direction
 
 
 class Model(Protocol):
@@ -19,11 +21,11 @@ class Model(Protocol):
 
     @property
     def cond_key(self) -> str | None:
-        """As `SAGDenoiser` takes it."""
+        """As for `GuidedDenoiser`."""
 
     @property
-    def recommended(self) -> Mapping[str, Any]:
-        """Keywords of `SAGDenoiser`, where the user gives none."""
+    def recommended(self) -> Iterable[Direction]:
+        """Settings to use where the user gives none. A scale of 0 is for a direction that is off by default."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""The options that say which model `ksag sample` samples, and what of; and the model."""
+"""The options that choose a model and its pictures, and the model that they describe."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +10,26 @@ import torch
 
 from ksag.adapters import checkpoints
 from ksag.commands.model import Model
+from ksag.commands.options import Function
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-class Size(click.ParamType):
-    """WIDTHxHEIGHT → (height, width)."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        if not isinstance(value, str):
-            return value
-        sides = value.lower().split("x")
-        if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
-            self.fail(f"{value!r} is not a size: give WIDTHxHEIGHT in pixels, such as 768x512.", param, ctx)
-        return int(sides[1]), int(sides[0])
+def size(value: str) -> tuple[int, int]:
+    """
+    >>> size("768x512")  # (height, width)
+    (512, 768)
+    """
+    sides = value.lower().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise click.BadParameter(f"{value!r} is not a size: give WIDTHxHEIGHT in pixels, such as 768x512.")
+    return int(sides[1]), int(sides[0])
 
 
-CATEGORY = click.option("--category", show_default="all in turn",
-                        help="Categories of emoji, in turn: names, parts of names, numbers, or any.")  # fmt: skip
-STYLE = click.option("--style", show_default="any", help="Styles of emoji, such as noto,twemoji; in turn.")
+CATEGORY = click.option("--category", show_default="all",
+                        help="Categories of emoji: names, parts of names, numbers, or any; each seed takes the next.")  # fmt: skip
+STYLE = click.option("--style", show_default="any", help="Styles of emoji, such as noto,twemoji; each seed takes the next.")
 COND_SCALE = click.option("--cond-scale", type=float, show_default="1; 7.5 with --pipeline, 4.5 for SD 3, 3.5 for Flux dev",
                           help="Strength of classifier-free guidance; 1 is none. Flux dev takes it as an input.")  # fmt: skip
 CHECKPOINT_OPTIONS = (
@@ -39,36 +37,36 @@ CHECKPOINT_OPTIONS = (
                  help="A k-diffusion model as safetensors, with its config in the metadata."),
     CATEGORY,
     STYLE,
-    click.option("--classes", show_default="all in turn", help="Classes of --weights: names, numbers, or any; in turn."),
+    click.option("--classes", show_default="all", help="Classes of --weights: names, numbers, or any; each seed takes the next."),
 )  # fmt: skip
 PIPELINE_OPTIONS = (
     click.option("--pipeline", metavar="PATH_OR_ID",
                  help="Stable Diffusion 1.x, 2.x, XL or 3, or Flux: a folder of diffusers, a hub id, or a .safetensors file."),
-    click.option("--prompt", multiple=True, help="What to show; several times for several in turn."),
+    click.option("--prompt", multiple=True, help="What to show. Give several for several pictures; each seed takes the next."),
     click.option("--prompts", type=FILE, help="A text file with a prompt on each line."),
     click.option("--negative-prompt", help="What not to show."),
-    click.option("--size", type=Size(), metavar="WIDTHxHEIGHT", show_default="what the model was trained at", help="In pixels."),
+    click.option("--size", type=size, metavar="WIDTHxHEIGHT", show_default="what the model was trained at", help="In pixels."),
     click.option("--shift", type=click.FloatRange(0, min_open=True), show_default="the model's",
                  help="For flow matching (Stable Diffusion 3, Flux): more means more steps at high noise."),
     click.option("--image", type=FILE, help="Start from this picture."),
     click.option("--strength", type=click.FloatRange(0, 1, min_open=True), show_default="0.75",
                  help="How much of --image to change: 1 is all."),
-    click.option("--mask", type=FILE, help="White where --image is painted anew, black where it stays."),
+    click.option("--mask", type=FILE, help="White where --image is repainted, black where it stays."),
     click.option("--clip-skip", type=click.IntRange(1), show_default="the model's",
-                 help="Which of the text encoder's layers from the end to use, as A1111 counts: 1 is the last; XL's own is 2."),
+                 help="The text encoder's layer to use, counted from the end as in A1111: 1 is the last; XL uses 2."),
     click.option("--config", help="A folder or hub id with the model's configuration, for a .safetensors file without the hub."),
-    click.option("--offload", is_flag=True, help="Keep on the GPU only the part of the model that works."),
+    click.option("--offload", is_flag=True, help="Keep on the GPU only the part of the model that is in use."),
 )  # fmt: skip
 
 
-def model_options(command: Callable) -> Callable:
+def model_options(command: Function) -> Function:
     for option in reversed((*CHECKPOINT_OPTIONS, *PIPELINE_OPTIONS, COND_SCALE)):
         command = option(command)
     return command
 
 
 def open_model(options: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Model:
-    """The model that the options name, told what to show by the others.
+    """The model that the options describe.
 
     Raises:
         click.UsageError: options of two kinds of model, or a file of the wrong kind.
@@ -99,7 +97,7 @@ def open_model(options: Mapping[str, Any], device: torch.device, dtype: torch.dt
 
 
 def _check_weights(weights: Path) -> None:
-    """That it may be a k-diffusion model; `zoo.load` says the rest."""
+    """Refuses files that cannot be a k-diffusion model; `zoo.load` checks the rest."""
     takes = "--weights takes a k-diffusion model, a .safetensors file with its config in the metadata."
     instead = f"give --pipeline {weights} --prompt '...'."
     if weights.is_dir():

@@ -2,9 +2,8 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import click
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
+from ksag import Direction
 from ksag.adapters import diffusers
 from ksag.adapters.diffusers.networks import network_of
 from ksag.adapters.diffusers.transformer_prompts import DISTILLED, GUIDANCE
@@ -48,7 +48,7 @@ class Pipeline:
     """
 
     cond_key = None
-    recommended: Mapping[str, Any] = MappingProxyType({})
+    recommended: Sequence[Direction] = ()
     autocast = torch.float32  # the weights have the dtype
 
     def __init__(

@@ -22,7 +22,7 @@ DONE = 2**40
 
 
 class Peers:
-    """The other processes of a run. Each counts its heartbeats in the launcher's key-value store, and reads those of the others.
+    """The other processes of a run. Each counts its heartbeats in the launcher's key-value store, and reads the others' counts.
 
     Args:
         store: a `torch.distributed.Store` that all processes share.
@@ -40,7 +40,7 @@ class Peers:
         self._thread.start()
 
     def stopped(self) -> list[str]:
-        """Those that stopped before they had finished."""
+        """The processes that stopped before they had finished."""
         now = time.monotonic()
         if now - self._answered > SILENCE:
             return ["the launcher or process 0"]  # one of them holds the store
@@ -76,7 +76,7 @@ class Peers:
 
 
 class Process(NamedTuple):
-    """One of `world`, with a device of its own; `peers` is None for the only one."""
+    """One of `world` processes, with its own device; `peers` is None for a single process."""
 
     rank: int
     world: int

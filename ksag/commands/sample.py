@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import ksag
 from ksag import images as picture
 from ksag.commands.folder import Folder
 from ksag.commands.infotext import infotext, sampling_fields
 from ksag.commands.model import for_seed
 from ksag.commands.open import DTYPES, model_options, open_model
-from ksag.commands.options import SAG_DEFAULTS, sag_options, sampling_options
+from ksag.commands.options import OPTIONS, guidance_options, sampling_options, wrapped
 from ksag.commands.processes import Process, this_process
 from ksag.commands.sampling import Sampling, batches, warn_if_idle
 
@@ -34,7 +33,7 @@ Describe = Callable[[int], str]
 
 
 def into_folder(folder: Folder, seeds: range, size: int, process: Process, make: Make, describe: Describe, bar: tqdm) -> None:
-    """Makes this process's share of the batches with a missing picture. The main process then waits for the others, under one bar.
+    """Makes this process's share of the batches with a missing picture; the main process then waits for the other processes.
 
     Batches are always made whole, and are the same for any number of processes, because a GPU rounds by a sample's place in its
     batch.
@@ -101,12 +100,12 @@ def into_grid(out: Path, seeds: range, size: int, make: Make, describe: Describe
               help="How many at a time; it changes a picture by rounding only.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), show_default="ksag-samples.png, or ksag-samples-2.png and so on",
               help="A .png file for one grid, or a folder for one PNG per seed. A file that exists is replaced.")  # fmt: skip
-@click.option("--compare", is_flag=True, help="Plain beside SAG in each picture, from the same noise.")
-@click.option("--zoom", type=click.IntRange(1, 16), default=1, help="Enlarge the pictures so many times.")
+@click.option("--compare", is_flag=True, help="Plain and guided side by side in each picture, from the same noise.")
+@click.option("--zoom", type=click.IntRange(1, 16), default=1, help="Enlarge the pictures this many times.")
 @sampling_options()
-@sag_options
+@guidance_options
 @click.option("--dtype", type=click.Choice(list(DTYPES)), show_default="float32, or float16 with --pipeline on a GPU",
-              help="What the model computes in.")  # fmt: skip
+              help="Precision of the model's computations.")  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="Compile the model: minutes at first, faster steps.")
 @click.option("--cuda-graphs", is_flag=True, help="Replay the model's calls as CUDA graphs: faster small batches.")
 def command(
@@ -114,15 +113,15 @@ def command(
     sampler: str, steps: int, schedule: str, device: torch.device, dtype: str | None, compiled: bool, cuda_graphs: bool,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Sample a model with SAG into PNGs, by default the bundled one.
+    """Sample a model with guidance into PNGs, by default the bundled model.
 
-    A seed gives the same picture whatever else is made with it, and on any device, to rounding. What takes turns (categories,
-    classes, prompts) does so by seed. Each PNG carries its parameters, where image tools look for them.
+    A seed gives the same picture in any batch and on any device, to rounding. With several categories, classes or prompts, each
+    seed takes the next one. Each PNG carries its parameters, where image tools look for them.
 
-    A folder is made in pieces: each PNG is written as it is made, and the same command again makes what is missing, also with a
-    larger --n. `accelerate launch -m ksag sample --out FOLDER` shares the seeds among GPUs.
+    With a folder, each PNG is written as soon as it is made. The same command makes missing pictures, also with a larger --n.
+    `accelerate launch -m ksag sample --out FOLDER` shares the seeds among GPUs.
 
-    The options of SAG show the library's defaults; the bundled model has recommended ones of its own.
+    SAG is on by default, PAG and SEG are off. The options show the library's defaults; the bundled model has recommended settings.
     """
     out = out or picture.free_name(Path("ksag-samples.png"))
     picture.check_writable(out)
@@ -131,23 +130,26 @@ def command(
         raise click.UsageError("--offload moves the weights, and --cuda-graphs needs them to stay in place: give one of them.")
     if sampler == "dpm_adaptive" and batch_size not in (None, 1):
         raise click.UsageError("dpm_adaptive chooses its steps for a whole batch, so it makes them one by one: --batch-size 1.")
-    sag = {name: value for name in SAG_DEFAULTS if (value := options.pop(name)) is not None}
+    given = {name: value for name in OPTIONS if (value := options.pop(name)) is not None}
 
-    with this_process(device) as process:
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(this_process(device))
         if process.world > 1 and out.suffix:
             raise click.UsageError(f"--out {out}: several processes write into a folder, not into one file.")
         dtype = dtype or ("float16" if options["pipeline"] and process.device.type == "cuda" else "float32")
         model = open_model(options, process.device, DTYPES[dtype])
-        sag = {**SAG_DEFAULTS, **model.recommended, **sag}
+        guided = stack.enter_context(wrapped(model, given, model.recommended))
+        if compare and not guided.directions:
+            raise click.UsageError("--compare needs guidance, and all of it is off: give --sag-scale, --pag-scale or --seg-scale.")
         seeds = range(seed, seed + (n or (len(model.prompts) if options["pipeline"] else 10)))
         _check_grid(out, len(seeds))
         if seeds[-1] > MAX_SEED:
             raise click.UsageError(f"--seed {seed}: the last seed would be {seeds[-1]}, and the highest is {MAX_SEED}.")
         size = 1 if sampler == "dpm_adaptive" else batch_size or (1 if options["pipeline"] else 32)
         fields = {
-            **sampling_fields(model, sag, sampler, steps, schedule),
+            **sampling_fields(model, guided, sampler, steps, schedule),
             "Precision": dtype,
-            **({"Compare": "plain beside SAG"} if compare else {}),
+            **({"Compare": "plain and guided"} if compare else {}),
             **({"Zoom": str(zoom)} if zoom > 1 else {}),
         }
 
@@ -156,26 +158,20 @@ def command(
 
         sigmas = model.sigmas(steps, schedule)
         if process.is_main and sampler != "dpm_adaptive":
-            warn_if_idle(sigmas, sag)
+            warn_if_idle(sigmas, guided.directions)
         settings = {"Prompt": model.prompts, "Negative prompt": model.negative_prompt, **fields}
-        with contextlib.ExitStack() as stack:
-            guided = stack.enter_context(ksag.SAGDenoiser(model.denoiser, cond_key=model.cond_key, **sag))
-            folder = None if out.suffix else stack.enter_context(Folder(out, settings))
-            if compiled:
-                denoiser: Any = model.denoiser
-                denoiser.inner_model = torch.compile(denoiser.inner_model, dynamic=False)
-            if cuda_graphs:
-                guided.use_cuda_graphs()
-            with tqdm(total=len(seeds), unit="picture", disable=not process.is_main) as bar:
-
-                def on_step(i: int) -> None:
-                    bar.set_postfix_str(f"step {i + 1}")
-
-                sampling = Sampling(model, guided, sampler, sigmas, zoom, on_step)
-                make = sampling.compared if compare else sampling.pictures
-                if folder is None:
-                    into_grid(out, seeds, size, make, describe, bar)
-                else:
-                    into_folder(folder, seeds, size, process, make, describe, bar)
+        folder = None if out.suffix else stack.enter_context(Folder(out, settings))
+        if compiled:
+            denoiser: Any = model.denoiser
+            denoiser.inner_model = torch.compile(denoiser.inner_model, dynamic=False)
+        if cuda_graphs:
+            guided.use_cuda_graphs()
+        with tqdm(total=len(seeds), unit="picture", disable=not process.is_main) as bar:
+            sampling = Sampling(model, guided, sampler, sigmas, zoom, lambda i: bar.set_postfix_str(f"step {i + 1}"))
+            make = sampling.compared if compare else sampling.pictures
+            if folder is None:
+                into_grid(out, seeds, size, make, describe, bar)
+            else:
+                into_folder(folder, seeds, size, process, make, describe, bar)
         if process.is_main:
             click.echo(f"{len(seeds)} pictures in {out.resolve()}" if len(seeds) > 1 else f"The picture is in {out.resolve()}")

@@ -1,4 +1,4 @@
-"""Seeds → latents → pictures, for one model and one way of sampling it."""
+"""Seeds → latents → pictures, with one model and one sampler."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ksag import SAGDenoiser
+from ksag import Direction, GuidedDenoiser
 from ksag import images as picture
 from ksag.commands.model import Model
 from ksag.samplers import sample
@@ -19,16 +19,16 @@ from ksag.samplers import sample
 class Sampling:
     """
     Args:
-        model: what is sampled.
+        model: the model.
         guided: a wrapper of its denoiser.
         sampler: one of `ksag.samplers.SAMPLERS`.
         sigmas: (steps + 1,) noise levels, on the model's device.
-        zoom: how many times the pictures are enlarged.
-        on_step: is told the number of each step, from 0.
+        zoom: enlarges the pictures this many times.
+        on_step: called with the number of each step, from 0.
     """
 
     model: Model
-    guided: SAGDenoiser
+    guided: GuidedDenoiser
     sampler: str
     sigmas: Tensor
     zoom: int = 1
@@ -40,36 +40,49 @@ class Sampling:
         # outside, because PyTorch compiles and captures the model under the autocast that its call is under
         with torch.no_grad(), torch.autocast(device.type, model.autocast, enabled=model.autocast != torch.float32):
             return sample(
-                self.sampler, model.around(self.guided), model.shape, self.sigmas, seeds, {**model.conditioning(seeds), **args},
-                lambda info: self.on_step(info["i"]), model.start(),
+                self.sampler, model.around(self.guided.run()), model.shape, self.sigmas, seeds,
+                {**model.conditioning(seeds), **args}, lambda info: self.on_step(info["i"]), model.start(),
             )  # fmt: skip
 
     def pictures(self, seeds: Sequence[int], **args: Any) -> list[Image.Image]:
         return [picture.enlarge(image, self.zoom) for image in self.model.pictures(self.latents(seeds, **args))]
 
     def compared(self, seeds: Sequence[int]) -> list[Image.Image]:
-        """Plain beside SAG, from the same noise."""
-        both = zip(self.pictures(seeds, sag_scale=0.0), self.pictures(seeds), strict=True)
-        return [picture.compare(plain, with_sag) for plain, with_sag in both]
+        """Plain next to guided, from the same noise."""
+        label = "with " + " + ".join(direction.name for direction in self.guided.directions)
+        both = zip(self.pictures(seeds, **off(self.guided.directions)), self.pictures(seeds), strict=True)
+        return [picture.compare(plain, guided, label) for plain, guided in both]
 
 
-def warn_if_idle(sigmas: Tensor, sag: dict[str, Any]) -> None:
-    """Says so on the terminal where no step begins at a noise level at which SAG acts: few steps can step over them."""
-    low, high = sag["sigma_range"]
+def off(directions: Sequence[Direction]) -> dict[str, float]:
+    """Keywords of a call that switch the directions off.
+
+    >>> from ksag import PAG, SAG
+    >>> off([SAG(), PAG()])
+    {'sag_scale': 0.0, 'pag_scale': 0.0}
+    """
+    return {word: 0.0 for direction in directions for word, setting in direction.keywords.items() if setting == "scale"}
+
+
+def warn_if_idle(sigmas: Tensor, directions: Sequence[Direction]) -> None:
+    """Warns on the terminal of directions that act at no step: with few steps, none may fall into the sigma range."""
     levels = sigmas[:-1].tolist()
-    if sag["sag_scale"] != 0 and not any(low <= level <= high for level in levels):
-        shown = ", ".join(f"{level:.3g}" for level in levels)
-        click.echo(
-            f"No step begins where SAG acts: sigma_range is {low:g} to {high:g}, and the steps begin at {shown}. Take more "
-            f"--steps, or another --sigma-range.",
-            err=True,
-        )
+    for direction in directions:
+        low, high = direction.sigma_range
+        if not any(low <= level <= high for level in levels):
+            shown = ", ".join(f"{level:.3g}" for level in levels)
+            flag = "--sigma-range" if direction.name == "SAG" else f"--{direction.name.lower()}-sigma-range"
+            click.echo(
+                f"Warning: {direction.name} acts at no step. Its sigma range is {low:g} to {high:g}, and the steps begin at "
+                f"{shown}. Give more --steps, or another {flag}.",
+                err=True,
+            )
 
 
 def batches(seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """The seeds in batches, and what to sample for each: where there are several, the last is filled up to the others' size.
+    """The seeds in batches, each with the seeds to sample: if there are several, the last one is filled up to the same size.
 
-    A model that is compiled or captured is so for one size, and one GPU rounds the same way only in batches of one size.
+    Models are compiled and captured for one size, and a GPU rounds the same way only in batches of one size.
 
     >>> list(batches([1, 2, 3], 2))
     [([1, 2], [1, 2]), ([3], [3, 3])]

@@ -1,4 +1,4 @@
-"""Work on a CPU, shared among threads sample by sample."""
+"""Samples shared among the threads of a CPU."""
 
 import itertools
 import threading
@@ -14,14 +14,14 @@ Result = TypeVar("Result")
 def by_shares(
     work: Callable[[Sequence[int], Callable[[], None]], Result], seeds: Sequence[int], device: torch.device
 ) -> list[Result]:
-    """`work(some seeds, check)` on as many threads as PyTorch would use for each operation; on a GPU on this one alone.
+    """The results of `work(some seeds, check)`, one thread for each of PyTorch's CPU threads; on a GPU, this thread only.
 
-    On a busy machine this is several times as fast: threads that share an operation wait for each other at its end.
+    On a busy machine this is several times as fast as PyTorch's own threads, which wait for each other after each operation.
 
     Args:
-        work: calls `check` now and then, which raises once the others were stopped.
-        seeds: shared out in their order.
-        device: where the work is done.
+        work: calls `check` now and then, which raises an error after another thread has failed.
+        seeds: split into consecutive parts.
+        device: of the model.
     """
     if device.type != "cpu":
         return [work(seeds, lambda: None)]

@@ -47,7 +47,8 @@ class Extractor:
                 f"The features {self.name} need pictures of {wanted_w} × {wanted_h}, got {w} × {h}. Features that take any size: "
                 f"inception, dinov2."
             )
-        return self.network(pictures).float()
+        features: Tensor = self.network(pictures).float()
+        return features
 
 
 class Classifier(nn.Module):
@@ -73,7 +74,8 @@ class Classifier(nn.Module):
 
     def features(self, reals: Tensor) -> Tensor:
         """(n, 3, 64, 64) in [-1, 1] to (n, d)."""
-        return self.body(reals).mean(dim=(2, 3))
+        pooled: Tensor = self.body(reals).mean(dim=(2, 3))
+        return pooled
 
     def forward(self, pictures: Tensor) -> Tensor:
         """(n, 3, 64, 64), uint8, to (n, d)."""
@@ -93,7 +95,8 @@ class Residual(nn.Module):
         self.main = nn.Sequential(convolution(width, width), convolution(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.main(x)
+        added: Tensor = self.main(x)
+        return x + added
 
 
 def to_reals(pictures: Tensor) -> Tensor:
@@ -143,7 +146,8 @@ class Fidelity(nn.Module):
         self.extractor = extractor
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.extractor(pictures)[0]
+        features: Tensor = self.extractor(pictures)[0]
+        return features
 
 
 def load_extractor(name: str, device: str | torch.device = "cpu", weights: str | os.PathLike[str] | None = None) -> Extractor:

@@ -103,7 +103,8 @@ def load_statistics(path: str | os.PathLike[str] = STATISTICS) -> Statistics:
 
 def _root(cov: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(cov)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    return root
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:

@@ -1,6 +1,7 @@
 """The bundled model of emoji, and any other k-diffusion model in a safetensors file. Model card: ksag/zoo/README.md.
 
-guided = ksag.SAGDenoiser(ksag.zoo.load(), cond_key="mapping_cond", **ksag.zoo.SETTINGS)
+guided = ksag.SAGDenoiser(ksag.zoo.load(), cond_key="mapping_cond", **ksag.zoo.SETTINGS)  # SAG alone
+guided = ksag.GuidedDenoiser(ksag.zoo.load(), ksag.zoo.directions(), cond_key="mapping_cond")  # SAG and PAG
 cond, uncond = ksag.zoo.conditioning(["Animals & Nature", "Food & Drink"], ["noto", "twemoji"])
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ksag import PAG, SAG, Direction
 from ksag.zoo import files
 
 if TYPE_CHECKING:  # the functions import it themselves, because it takes seconds
@@ -36,6 +38,20 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 """Recommended keywords of `SAGDenoiser` for the bundled model, chosen by `benchmarks/quality.py`. The layer is the first one at
 16 × 16 in the decoder."""
+
+
+PAG_LAYERS = ("inner_model.u_net.d_blocks.3.2", "inner_model.u_net.d_blocks.3.4")
+"""The layers at 8 × 8 in the encoder."""
+
+
+def directions(sag_scale: float = 0.7, pag_scale: float = 0.75) -> list[Direction]:
+    """The recommended combination for the bundled model: the blur, layers and sigma range of `SETTINGS`, and PAG.
+
+    Args:
+        sag_scale, pag_scale: the recommended strengths for both together.
+    """
+    sag = {name: value for name, value in SETTINGS.items() if name != "sag_scale"}
+    return [SAG(sag_scale, **sag), PAG(pag_scale, list(PAG_LAYERS), sigma_range=SETTINGS["sigma_range"])]
 
 
 def save(
