@@ -42,7 +42,8 @@ class Result(NamedTuple):
     settings: Settings
     plain: Tensor | None  # every scale at 0; None before it is sampled
     guided: Tensor
-    is_preview: bool  # guided has two steps
+    middle: Tensor | None  # after one plain Euler step to a sigma at which a direction acts; where previews start
+    is_preview: bool
 
 
 @dataclass(frozen=True)
@@ -73,39 +74,40 @@ class Sampling:
     def names(self, settings: Settings) -> list[list[str | None]]:
         return [[None if settings[menu] == ANY else settings[menu]] * self.n for menu in self.menus]
 
+    @torch.no_grad()
     def run(self, settings: Settings, last: Result | None, report: Callable[[str, float], None]) -> Iterator[Result]:
-        """Yields a preview, then plain samples with it, then the whole result; `report` is called with the progress, 0 to 1.
+        """Yields a preview, then plain samples with it, then the whole result. Plain samples of the last result that fit are kept.
 
-        The last result's plain samples are kept if only settings of directions differ. An error that `report` raises ends the run.
+        `report` is called with the name and the progress, 0 to 1, of a part; an error that it raises ends the run.
         """
-        args = {**self.extra_args, **{word: settings[word] for word in self.start()}}
+        args, directions = {**self.extra_args, **{word: settings[word] for word in self.start()}}, self.guided.directions
         if self.conditioning is not None:
             args["cond"], args["uncond"] = self.conditioning(*self.names(settings))
+        off = {word: 0.0 for direction in directions for word, name in direction.keywords.items() if name == "scale"}
 
-        @torch.no_grad()
         def sampled(label: str, sampler: str, sigmas: Tensor, **scales: float) -> Tensor:
             def step(info: dict[str, Any]) -> None:
                 # by sigma, because not every sampler takes a step for each of the sigmas
                 report(label, float((sigmas[:-1] >= float(info["sigma"])).float().mean()))
 
             report(label, 0.0)
-            x = sample(sampler, self.guided.run(), self.shape, sigmas, self.seeds(settings), {**args, **scales}, step)
-            return (x if self.decode is None else self.decode(x)).cpu()
+            return sample(sampler, self.guided.run(), self.shape, sigmas, self.seeds(settings), {**args, **scales}, step)
 
-        others, directions = settings.keys() - self.keywords().keys(), self.guided.directions
-        plain = last.plain if last is not None and all(last.settings[name] == settings[name] for name in others) else None
-        preview = None
+        decode = self.decode or (lambda x: x)
+        kept = last is not None and all(last.settings[k] == settings[k] for k in settings.keys() - self.keywords().keys())
+        plain, middle, preview = (last.plain, last.middle, None) if last is not None and kept else (None, None, None)
         if len(self.sigmas) > 4:
             ranges, inner = [direction.sigma_range for direction in directions], self.sigmas[1:-1].tolist()
             acting = [i for i, sigma in enumerate(inner, 1) if any(low <= sigma <= high for low, high in ranges)] or [1]
-            preview = sampled("preview", "euler", self.sigmas[[0, acting[len(acting) // 2], -1]])
-            yield Result(settings, plain, preview, is_preview=True)
+            two = self.sigmas[[0, acting[len(acting) // 2]]]
+            middle = sampled("preview", "euler", two, **off) if middle is None else middle
+            preview = decode(self.guided.run()(middle, two[1].expand(self.n), **args)).cpu()
+            yield Result(settings, plain, preview, middle, is_preview=True)
         if plain is None:
-            off = {word: 0.0 for direction in directions for word, name in direction.keywords.items() if name == "scale"}
-            plain = sampled("plain", settings["sampler"], self.sigmas, **off)
+            plain = decode(sampled("plain", settings["sampler"], self.sigmas, **off)).cpu()
             if preview is not None:
-                yield Result(settings, plain, preview, is_preview=True)
-        yield Result(settings, plain, sampled("guided", settings["sampler"], self.sigmas), is_preview=False)
+                yield Result(settings, plain, preview, middle, is_preview=True)
+        yield Result(settings, plain, decode(sampled("guided", settings["sampler"], self.sigmas)).cpu(), middle, is_preview=False)
 
     def code(self, settings: Settings) -> str:
         """Python code that samples `Result.guided` at these settings, bit for bit, as `images`."""
@@ -123,10 +125,9 @@ class Sampling:
             args.append('"cond": cond, "uncond": uncond')
         args.append(", ".join(f'"{word}": {settings[word]!r}' for word in self.start()))
         lines += ["args = {", *(f"    {part}," for part in args if part), "}"]
-        lines.append(f'images = sample("{settings["sampler"]}", guided, {self.shape}, sigmas, {self.seeds(settings)}, args)')
-        if self.decode is not None:
-            given.append("decode")
-            lines.append("images = decode(images)")
+        call = f'sample("{settings["sampler"]}", guided, {self.shape}, sigmas, {self.seeds(settings)}, args)'
+        given += ["decode"] if self.decode is not None else []
+        lines.append(f"images = {call}" if self.decode is None else f"images = decode({call})")
         return "\n".join([f"# {', '.join(given)}: as given to explore", *lines])
 
     def picture(self, result: Result) -> bytes:
@@ -135,8 +136,7 @@ class Sampling:
         rows = {"plain": torch.zeros_like(result.guided) if result.plain is None else result.plain, label: result.guided}
         figure = plot.compare(rows, names=[f"seed {i}" for i in self.seeds(result.settings)])
         values = [f"{name} {value}" for name, value in result.settings.items() if name not in ("seed", *self.menus)]
-        values += [f"{menu}: {result.settings[menu]}" for menu in self.menus]
-        values.append("preview" if result.is_preview else f"{len(self.sigmas) - 1} steps")
+        values += [f"{menu}: {result.settings[menu]}" for menu in self.menus] + ["preview"] * result.is_preview
         figure.suptitle(", ".join(values), fontsize=plot.FONT, wrap=True)
         return figure._repr_png_()
 

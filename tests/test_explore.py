@@ -203,11 +203,18 @@ def test_latents_are_decoded(opened):
 @pytest.mark.parametrize("spatial", [(40,), (8, 12), (5, 8, 12)])
 def test_a_picture_of_samples_with_any_number_of_dimensions(guided, spatial):
     x = torch.rand(2, 3, *spatial) * 2 - 1
-    png = sampling(guided).picture(Result({"sampler": "euler", "seed": 0}, None, x, is_preview=True))
+    png = sampling(guided).picture(Result({"sampler": "euler", "seed": 0}, None, x, None, is_preview=True))
     assert min(Image.open(io.BytesIO(png)).size) > 100
 
 
 # Previews
+
+
+@torch.no_grad()
+def two_steps(guided, i, args):
+    """A plain Euler step from LONG[0] to LONG[i], then a guided one to 0."""
+    middle = sample("euler", guided, SHAPE, LONG[[0, i]], [0, 1], {**args, "sag_scale": 0.0, "pag_scale": 0.0, "seg_scale": 0.0})
+    return guided(middle, LONG[i].expand(2), **args)
 
 
 def test_a_preview_then_plain_samples_then_guided_ones(guided):
@@ -219,12 +226,11 @@ def test_a_preview_then_plain_samples_then_guided_ones(guided):
     assert [result.is_preview for result in (preview, plain, whole)] == [True, True, False]
     assert preview.plain is None and plain.guided is preview.guided and whole.plain is plain.plain
     cond, uncond = conditioning(["cat", "cat"])
-    with torch.no_grad():
-        few = sample("euler", guided, SHAPE, LONG[[0, 4, 8]], [0, 1], {"cond": cond, "uncond": uncond})
-    assert torch.equal(preview.guided, few)
+    assert torch.equal(preview.guided, two_steps(guided, 4, {"cond": cond, "uncond": uncond}))
     # with other settings of a direction the plain samples stay
     again = list(session.run({**settings, "pag_scale": 2.0}, whole, ignore))
     assert [result.is_preview for result in again] == [True, False] and all(result.plain is plain.plain for result in again)
+    assert again[0].middle is whole.middle and not torch.equal(again[0].guided, preview.guided)
 
 
 def test_a_preview_has_a_step_at_which_a_direction_acts(guided):
@@ -232,9 +238,8 @@ def test_a_preview_has_a_step_at_which_a_direction_acts(guided):
         direction.sigma_range = float(LONG[6]), float(LONG[6])
     session = sampling(guided, LONG)
     preview, *_ = session.run({**session.start(), "sampler": "euler", "seed": 0}, None, ignore)
-    with torch.no_grad():
-        assert torch.equal(preview.guided, sample("euler", guided, SHAPE, LONG[[0, 6, 8]], [0, 1]))
-        assert not torch.equal(preview.guided, sample("euler", guided, SHAPE, LONG[[0, 4, 8]], [0, 1]))
+    assert torch.equal(preview.guided, two_steps(guided, 6, {}))
+    assert not torch.equal(preview.guided, two_steps(guided, 6, {"pag_scale": 0.0}))
 
 
 @pytest.mark.parametrize(("steps", "previews"), [(3, 0), (4, 2)])
