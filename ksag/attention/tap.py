@@ -193,8 +193,11 @@ class AttentionTap:
             visit.enter(module, args, kwargs, self.family)
 
     def _begin_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if visit := self._current():
-            self._start(visit, described_arguments(args, kwargs))
+        visit = self._visit.get()
+        if visit is not None:
+            visit.begin_layer()
+            if visit.missing > 0:
+                self._start(visit, described_arguments(args, kwargs))
 
     def _start(self, visit: Visit, arguments: tuple[Any, ...] | None) -> None:
         """The layer begins to attend; without arguments if something around it calls its parts one by one."""
@@ -276,6 +279,8 @@ class AttentionTap:
 
     def _end_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         visit = self._visit.get()
+        if visit is not None:
+            visit.before = None
         if visit is not None and visit.started:
             if not self.checker.only_sdpa:
                 visit.unread = f"Its projection {self.family and self.family.projection} did not run."

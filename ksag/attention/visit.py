@@ -52,6 +52,8 @@ class Visit:
         self.sized = True
         """Whether the size of the tokens' patches is known, if they are patches."""
 
+        self.before: tuple[int, int] | None = None
+        """How many rows and maps there were before a call of the layer that has not returned yet."""
         self.started = False
         """Whether the layer has begun to attend, and not yet ended."""
         self.seen: Seen = {}
@@ -64,6 +66,13 @@ class Visit:
         """Why the layer ran without being read, if that is known."""
         self.watch: sdpa.WatchSDPA | None = None
         """What sees the layer's call of scaled_dot_product_attention, if that is needed."""
+
+    def begin_layer(self) -> None:
+        """The layer is called. If its last call did not return, a model has caught an error and tries again: that call was none."""
+        if self.before is not None:
+            self.done, maps = self.before
+            del self.maps[maps:]
+        self.before = self.done, len(self.maps)
 
     def stop(self) -> None:
         """The layer has attended, or never will."""
