@@ -15,8 +15,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import ksag
 from ksag import cfg
-from tests import reference
-from tests.models import inputs
+from tests import forms, reference
+from tests.forms import LAYERS
+
+
+@pytest.fixture
+def denoiser():
+    return forms.tiny()
+
+
+def inputs(batch=2, size=(6, 8)):
+    """x, sigma, cond, uncond."""
+    x, args = forms.latents(batch, size)
+    return x * 3, torch.full((batch,), 3.0), args["cond"], args["uncond"]
+
 
 # The formulas
 
@@ -90,7 +102,7 @@ def relative(actual, expected):
 
 
 def wrap(denoiser, name, **options):
-    return ksag.SAGDenoiser(denoiser, cfg_rule=RULES[name][0](), cond_key="mapping_cond", **options)
+    return ksag.SAGDenoiser(denoiser, cfg_rule=RULES[name][0](), blur_kernel_size=5, **options)
 
 
 class Reference(nn.Module):
@@ -102,11 +114,10 @@ class Reference(nn.Module):
 
     def forward(self, x, sigma, cond, uncond, cond_scale):
         def denoise(x, c):
-            return self.denoiser(x, sigma, mapping_cond=c)
+            return self.denoiser(x, sigma, c)
 
-        grid = (x.shape[2] // 2, x.shape[3] // 2)
         u, g = denoise(x, uncond).double(), denoise(x, cond).double()
-        sag = reference.sag(denoise, x, uncond, uncond, 1.0, self.sag_scale, 2.0, 9, grid=grid)  # u, and SAG's part
+        sag = reference.sag(denoise, x, uncond, uncond, 1.0, self.sag_scale, 2.0, 5, grid=x.shape[2:])  # u, and SAG's part
         return (in_numpy(self.formula, u, g, cond_scale, x, sigma) + sag - u).to(x.dtype)
 
 
@@ -137,7 +148,7 @@ def test_a_guided_call(denoiser, rule, sag_scale, batch_cond):
 
 def test_without_uncond_there_is_nothing_to_guide_away_from(denoiser, rule):
     x, sigma, cond, _ = inputs()
-    expected = reference.sag(lambda x, c: denoiser(x, sigma, mapping_cond=c), x, cond, cond, 1.0, 0.5, 2.0, 9, grid=(8, 12))
+    expected = reference.sag(lambda x, c: denoiser(x, sigma, c), x, cond, cond, 1.0, 0.5, 2.0, 5, grid=(6, 8))
     assert relative(wrap(denoiser, rule)(x, sigma, cond=cond), expected) < 1e-5
 
 
@@ -207,11 +218,11 @@ SAMPLERS = [euler, heun_with_churn, dpmpp_2m, dpmpp_sde]
 SIGMAS = K.sampling.get_sigmas_karras(5, 0.2, 8.0)
 
 
-def run(model, sampler=euler, seed=0, size=(12, 16), cond_scale=4.0, sigmas=SIGMAS):
+def run(model, sampler=euler, seed=0, size=(6, 8), cond_scale=4.0, sigmas=SIGMAS):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, *size, generator=generator) * sigmas[0]
-    cond = torch.randn(2, 10, generator=generator)
-    return sampler(model, x, sigmas, {"cond": cond, "uncond": torch.zeros(2, 10), "cond_scale": cond_scale})
+    cond = torch.randn(2, 4, generator=generator)
+    return sampler(model, x, sigmas, {"cond": cond, "uncond": torch.zeros(2, 4), "cond_scale": cond_scale})
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -264,7 +275,7 @@ def test_reset_begins_a_run(denoiser, momentum):
 def test_an_error_begins_a_run(denoiser, momentum):
     def fail(guided):
         x, sigma, cond, uncond = inputs()
-        handle = denoiser.inner_model.register_forward_hook(lambda *_: 1 / 0)
+        handle = denoiser.out.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             guided(x, sigma, cond=cond, uncond=uncond, cond_scale=4.0)
         handle.remove()
@@ -288,7 +299,7 @@ def test_an_error_in_the_last_pass_begins_a_run(denoiser, momentum):
 
 @pytest.mark.parametrize("change", ["shape", "batch", "dtype", "sigma"])
 def test_another_shape_dtype_or_a_higher_sigma_begins_a_run(denoiser, momentum, change):
-    x, sigma, cond, uncond = inputs(*{"shape": (2, (12, 12)), "batch": (3, (16, 24))}.get(change, ()))
+    x, sigma, cond, uncond = inputs(*{"shape": (2, (8, 8)), "batch": (3, (6, 8))}.get(change, ()))
     args = {"cond": cond, "uncond": uncond, "cond_scale": 4.0}
     factor = 1.6 if change == "sigma" else 0.9
 
@@ -384,7 +395,7 @@ def test_a_rule_of_ones_own_gets_what_the_documents_say(denoiser):
     x, sigma, cond, uncond = inputs()
     sigma = torch.tensor([0.5, 3.0])
     args = {"cond": cond, "uncond": uncond, "cond_scale": 4.0}
-    guided = ksag.SAGDenoiser(denoiser, 0.8, cfg_rule=interval, cond_key="mapping_cond")
+    guided = ksag.SAGDenoiser(denoiser, 0.8, blur_kernel_size=5, cfg_rule=interval)
     formula = lambda u, g, w, x, sigma: np.stack([g[0], u[1] + w * (g[1] - u[1])])  # noqa: E731
     assert relative(guided(x, sigma, **args), Reference(denoiser, formula, 0.8)(x, sigma, **args).double()) < 1e-5
     assert "cfg_rule=interval" in repr(guided).replace("'", "")
@@ -396,7 +407,7 @@ class OneBuffer(nn.Module):
     def __init__(self, inner_model):
         super().__init__()
         self.inner_model = inner_model
-        self.register_buffer("memory", torch.empty(4 * 3 * 16 * 24), persistent=False)
+        self.register_buffer("memory", torch.empty(6 * 3 * 6 * 8), persistent=False)
 
     def forward(self, x, sigma, **kwargs):
         return self.memory[: x.numel()].view_as(x).copy_(self.inner_model(x, sigma, **kwargs))
@@ -417,9 +428,14 @@ RETURNS = {
 def test_a_prediction_that_the_next_pass_overwrites(denoiser, returns, sag_scale, batch_cond):
     x, sigma, cond, uncond = inputs()
     args = {"cond": cond, "uncond": uncond, "cond_scale": 4.0}
-    options = {"cfg_rule": RETURNS[returns], "cond_key": "mapping_cond", "sag_scale": sag_scale, "batch_cond": batch_cond}
-    expected = ksag.SAGDenoiser(denoiser, **options)(x, sigma, **args)
-    guided = ksag.SAGDenoiser(OneBuffer(denoiser), **options)
+    options = {"cfg_rule": RETURNS[returns], "batch_cond": batch_cond}
+
+    def wrap(denoiser):
+        directions = [ksag.SAG(sag_scale, blur_kernel_size=5), ksag.PAG(2 * sag_scale, LAYERS[1])]
+        return ksag.GuidedDenoiser(denoiser, directions, **options)
+
+    expected = wrap(denoiser)(x, sigma, **args)
+    guided = wrap(OneBuffer(denoiser))
     result = guided(x, sigma, **args)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     guided(x * 2, sigma, **args)  # samplers keep the result of the call before
@@ -431,8 +447,8 @@ def test_a_prediction_that_the_next_pass_overwrites(denoiser, returns, sag_scale
 def test_an_only_prediction_that_the_next_call_overwrites(denoiser, sag_scale, conditional):
     x, sigma, cond, _ = inputs()
     args = {"cond": cond} if conditional else {}
-    expected = ksag.SAGDenoiser(denoiser, sag_scale, cond_key="mapping_cond")(x, sigma, **args)
-    guided = ksag.SAGDenoiser(OneBuffer(denoiser), sag_scale, cond_key="mapping_cond")
+    expected = ksag.SAGDenoiser(denoiser, sag_scale, blur_kernel_size=5)(x, sigma, **args)
+    guided = ksag.SAGDenoiser(OneBuffer(denoiser), sag_scale, blur_kernel_size=5)
     result = guided(x, sigma, **args)
     guided(x * 2, sigma, **args)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
@@ -448,13 +464,13 @@ def test_a_rule_that_returns_no_latent_is_a_clear_error(denoiser, returned, sag_
     x, sigma, cond, uncond = inputs()
     guided = wrap(denoiser, "plain", sag_scale=sag_scale)
     guided.cfg_rule = lambda u, g, cond_scale, x, sigma: returned(u)
-    with pytest.raises((TypeError, ValueError), match=r"cfg_rule.*\(2, 3, 16, 24\)"):
+    with pytest.raises((TypeError, ValueError), match=r"cfg_rule.*\(2, 3, 6, 8\)"):
         guided(x, sigma, cond=cond, uncond=uncond, cond_scale=4.0)
 
 
 def test_the_class_in_place_of_a_rule_is_a_clear_error(denoiser):
     with pytest.raises((TypeError, ValueError), match=r"cfg_rule.*apg"):
-        ksag.SAGDenoiser(denoiser, cfg_rule=cfg.apg, cond_key="mapping_cond")
+        ksag.SAGDenoiser(denoiser, cfg_rule=cfg.apg)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import ksag
 from ksag.adapters.diffusers import denoiser as as_denoiser
 from ksag.samplers import sample
+from tests import forms
 from tests.diffusers_pipelines import scheduler
 from tests.diffusers_pipelines import unet as make_unet
-from tests.models import inputs, make_denoiser
+from tests.models import hooks, inputs, make_denoiser
+from tests.own_directions import SkipBlock
 
 
 @pytest.fixture(autouse=True)
@@ -20,27 +22,49 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def calls():
-    x, _, cond, uncond = inputs()
-    for sigma in 3.0, 2.0, 1.0:
-        yield x, torch.full((2,), sigma), {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+BOTH = ["SAG", "SAG in one pass, PAG and SEG", "a user's own"]
+"""Which between them have every kind of hook, and everything that is kept from call to call."""
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("whole", [False, True])
-def test_compiled_after_wrapping_gives_the_eager_image(backend, whole):
-    guided = ksag.SAGDenoiser(make_denoiser(), cond_key="mapping_cond")
-    expected = [guided(x, sigma, **args) for x, sigma, args in calls()]
-    unguided = [guided(x, sigma, **args, sag_scale=0.0) for x, sigma, args in calls()]
+@pytest.mark.parametrize("form", [form if form in BOTH else pytest.param(form, marks=pytest.mark.slow) for form in forms.FORMS])
+def test_compiled_after_wrapping_gives_the_eager_image(form, whole):
+    expected = forms.run(forms.wrap(form))
+    guided = forms.wrap(form)
+    counter = CompileCounterWithBackend("eager" if form in BOTH else "aot_eager")
     compiled = guided
     if whole:
-        compiled = torch.compile(guided, fullgraph=True, backend=backend)
+        forms.run(guided)  # checks the attention, which a compiled wrapper cannot
+        guided.reset()
+        compiled = torch.compile(guided, fullgraph="every" not in form, backend=counter)  # which reads sigma
     else:
-        guided.inner_model = torch.compile(guided.inner_model, fullgraph=True, backend=backend)
-    for want, plain, (x, sigma, args) in zip(expected, unguided, calls(), strict=True):
-        got = compiled(x, sigma, **args)
-        assert (got - want).norm() / want.norm() < 1e-5
-        assert (plain - want).norm() / want.norm() > 1e-3
+        guided.inner_model = torch.compile(guided.inner_model, fullgraph=True, backend=counter, dynamic=False)
+    for _ in range(2):
+        assert forms.relative(forms.run(compiled), expected) < 1e-5
+        guided.reset()
+        frames = counter.frame_count
+    assert 0 < frames == counter.frame_count
+    assert forms.relative(forms.plain(guided), expected) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
+def test_inductor_gives_the_eager_image(whole):
+    guided = ksag.GuidedDenoiser(make_denoiser(), [ksag.SAG(0.5, one_pass=True), ksag.PAG(0.5)], cond_key="mapping_cond")
+
+    def image(guided):
+        x, _, cond, uncond = inputs()
+        args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+        return torch.stack([guided(x, torch.full((2,), sigma), **args) for sigma in (3.0, 2.0, 1.0)])
+
+    expected = image(guided)
+    guided.reset()
+    compiled = guided
+    if whole:
+        compiled = torch.compile(guided, fullgraph=True)
+    else:
+        guided.inner_model = torch.compile(guided.inner_model, fullgraph=True)
+    assert forms.relative(image(compiled), expected) < 1e-5
 
 
 @pytest.mark.slow
@@ -60,71 +84,75 @@ def test_a_small_unet_compiled_in_float16_gives_the_eager_image_to_a_thousandth(
     assert (unguided - expected).norm() / expected.norm() > 1e-2
 
 
-def test_does_not_recompile_from_step_to_step():
-    guided = ksag.SAGDenoiser(make_denoiser(), cond_key="mapping_cond")
-    counter = CompileCounterWithBackend("aot_eager")
+def counted(guided):
+    """Compiles the inner model, and counts."""
+    counter = CompileCounterWithBackend("eager")
     guided.inner_model = torch.compile(guided.inner_model, fullgraph=True, backend=counter, dynamic=False)
-    for x, sigma, args in [*calls(), *calls()]:
-        guided(x, sigma, **args)
-    assert counter.frame_count == 2  # [uncond, cond], recorded, and uncond, not recorded
+    return counter
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_sigma_range_takes_one_more_compilation(sampler, whole):
-    guided = ksag.SAGDenoiser(make_denoiser(), cond_key="mapping_cond", sigma_range=(0.3, 4.0))
-    _, _, cond, uncond = inputs()
-    args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+@pytest.mark.parametrize(("form", "compilations"), [("SAG and PAG", 2), ("SAG in one pass", 1)])
+def test_does_not_recompile_from_step_to_step(form, compilations):
+    """[uncond, cond, perturbed], which is read and changed, and uncond alone; or all in one."""
+    guided = forms.wrap(form)
+    counter = counted(guided)
+    for seed in range(3):
+        forms.run(guided, seed=seed)
+    assert counter.frame_count == compilations
+
+
+def test_sigma_range_takes_one_more_compilation():
+    guided = ksag.SAGDenoiser(forms.tiny(), blur_kernel_size=5, sigma_range=(0.3, 4.0))
+    _, args = forms.latents()
     sigmas = K.sampling.get_sigmas_karras(7, 0.05, 10.0)
     with guided.trace() as steps:
-        expected = sample(sampler, guided, (3, 12, 16), sigmas, [0, 1], args)
+        expected = sample("dpmpp_2m", guided, (3, 6, 8), sigmas, [0, 1], args)
     assert 0 < len(steps) < 7
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = guided
-    if whole:
-        compiled = torch.compile(guided, backend=counter)
-    else:
-        guided.inner_model = torch.compile(guided.inner_model, fullgraph=True, backend=counter, dynamic=False)
+    counter = counted(guided)
     for _ in range(2):
-        result = sample(sampler, compiled, (3, 12, 16), sigmas, [0, 1], args)
-        assert (result - expected).norm() / expected.norm() < 1e-5
-        assert counter.frame_count == 3  # whole: reading sigma, a guided step, and a plain one
+        result = sample("dpmpp_2m", guided, (3, 6, 8), sigmas, [0, 1], args)
+        assert forms.relative(result, expected) < 1e-5
+        assert counter.frame_count == 3  # plain guidance, and the two passes of SAG
 
 
+@pytest.mark.slow
 def test_scales_that_vary_are_compiled_once_more_at_most():
-    guided = ksag.SAGDenoiser(make_denoiser(), cond_key="mapping_cond")
-    counter = CompileCounterWithBackend("aot_eager")
+    guided = forms.wrap("SAG and PAG")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(guided, backend=counter)
     for scale in 1.5, 2.5, 3.5, 4.5:
-        for x, sigma, args in calls():
-            compiled(x, sigma, **{**args, "cond_scale": scale}, sag_scale=scale)
+        forms.run(compiled, cond_scale=scale, sag_scale=scale, pag_scale=-scale)
     assert counter.frame_count <= 2  # the first value, and then any
 
 
 def compile_child(denoiser):
-    denoiser.inner_model = torch.compile(denoiser.inner_model, backend="eager")
+    denoiser.middle_block[0] = torch.compile(denoiser.middle_block[0], backend="eager")
 
 
 def compile_in_place(denoiser):
-    denoiser.inner_model.compile(backend="eager")
+    denoiser.middle_block[0].compile(backend="eager")
 
 
 def compile_forward(denoiser):
-    denoiser.inner_model.forward = torch.compile(denoiser.inner_model.forward, backend="eager")
+    denoiser.middle_block[0].forward = torch.compile(denoiser.middle_block[0].forward, backend="eager")
 
 
 def compile_layer(denoiser):
-    denoiser.inner_model.u_net.d_blocks[1][2].compile(backend="eager")
+    denoiser.middle_block[0].attn1.compile(backend="eager")
 
 
 @pytest.mark.parametrize("compile_", [compile_child, compile_in_place, compile_forward, compile_layer])
 def test_compiled_before_wrapping_is_a_clear_error(compile_):
-    denoiser = make_denoiser()
+    """Where a layer's hooks are set, or a module's whose output a user's own direction replaces."""
+    denoiser = forms.tiny()
     compile_(denoiser)
-    with pytest.raises(RuntimeError, match=r"compiled before it was wrapped.*Wrap first, compile afterwards"):
-        ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
+    of_a_block = [] if compile_ is compile_layer else [SkipBlock(1.0, "middle_block.0")]
+    for direction in ksag.SAG(), ksag.PAG(), *of_a_block:
+        with pytest.raises(RuntimeError, match=r"compiled before it was wrapped.*Wrap first, compile afterwards"):
+            ksag.GuidedDenoiser(denoiser, direction)
+    assert hooks(denoiser) == 0
 
 
 def test_a_compiled_denoiser_is_a_clear_error():
     with pytest.raises(RuntimeError, match="compiled before it was wrapped"):
-        ksag.SAGDenoiser(torch.compile(make_denoiser(), backend="eager"), cond_key="mapping_cond")  # type: ignore
+        ksag.SAGDenoiser(torch.compile(forms.tiny(), backend="eager"))  # type: ignore

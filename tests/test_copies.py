@@ -9,7 +9,11 @@ import pytest
 import torch
 
 import ksag
-from tests.models import hooks, inputs, make_denoiser
+from ksag import cfg
+from tests import forms
+from tests.models import hooks
+
+gc.freeze()  # so that gc.collect() looks at what a test made, and not at all of PyTorch
 
 
 def through_file(guided):
@@ -24,12 +28,12 @@ COPIES = {"copy": copy.copy, **DEEP}
 
 
 def wrap(denoiser, **options):
-    return ksag.SAGDenoiser(denoiser, 0.8, cond_key="mapping_cond", **options)
+    return ksag.SAGDenoiser(denoiser, 0.8, blur_kernel_size=5, **options)
 
 
 def call(guided, **options):
-    x, sigma, cond, uncond = inputs()
-    return guided(x, sigma, cond=cond, uncond=uncond, cond_scale=3.0, **options)
+    x, args = forms.latents()
+    return guided(x, torch.full((2,), 3.0), **args, **options)
 
 
 @pytest.fixture(params=COPIES)
@@ -42,20 +46,29 @@ def deeply_copied(request):
     return DEEP[request.param]
 
 
-def test_a_copy_guides_as_the_original(copied):
-    guided = wrap(make_denoiser(), attention="u_net.u_blocks.0.1", mask_threshold=0.9)
-    expected, plain = call(guided), call(guided, sag_scale=0.0)
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_a_copy_guides_as_the_original(copied, form):
+    guided = forms.wrap(form)
+    expected = forms.run(guided)
     twin = copied(guided)
-    assert not torch.equal(expected, plain)
-    for _ in range(2):
-        assert torch.equal(call(twin), expected) and torch.equal(call(guided), expected)
+    for one in twin, guided:
+        one.reset()
+        assert torch.equal(forms.run(one), expected)
     assert repr(twin) == repr(guided)
+
+
+@pytest.mark.parametrize("rule", [cfg.rescale(), cfg.apg(momentum=-0.5)])
+def test_a_copy_has_the_rule_of_the_original(copied, rule):
+    guided = wrap(forms.tiny(), cfg_rule=rule)
+    expected = forms.run(guided)
+    twin = copied(guided)
+    assert torch.equal(forms.run(twin), expected) and repr(twin.cfg_rule) == repr(rule)
 
 
 @pytest.mark.parametrize("first", ["original", "copy"])
 @pytest.mark.parametrize("end", ["close", "drop"])
 def test_each_removes_its_own_hooks(copied, first, end):
-    denoiser = make_denoiser()
+    denoiser = forms.tiny()
     pair = {"original": wrap(denoiser)}
     one = hooks(denoiser)
     expected = call(pair["original"])
@@ -79,10 +92,10 @@ def test_each_removes_its_own_hooks(copied, first, end):
 
 
 def test_a_copy_leaves_the_hooks_of_others(copied):
-    denoiser = make_denoiser()
+    denoiser = forms.tiny()
     called = []
-    handle = denoiser.inner_model.register_forward_hook(called_by(called))
-    other = wrap(denoiser, attention="u_net.u_blocks.0.1")
+    handle = denoiser.out.register_forward_hook(called_by(called))
+    other = wrap(denoiser, attention=forms.LAYERS[1])
     expected = call(other)
     guided = wrap(denoiser)
     twin = copied(guided)
@@ -108,8 +121,8 @@ class called_by:
 
 
 def test_two_wrappers_copied_together_still_share_their_model(deeply_copied):
-    denoiser = make_denoiser()
-    pair = torch.nn.ModuleList([wrap(denoiser), wrap(denoiser, attention="u_net.u_blocks.0.1")])
+    denoiser = forms.tiny()
+    pair = torch.nn.ModuleList([wrap(denoiser), wrap(denoiser, attention=forms.LAYERS[1])])
     expected = [call(guided) for guided in pair]
     twins = deeply_copied(pair)
     assert twins[0].inner_model is twins[1].inner_model is not denoiser
@@ -121,14 +134,14 @@ def test_two_wrappers_copied_together_still_share_their_model(deeply_copied):
 
 
 def test_a_copy_of_the_model_alone_is_not_watched(monkeypatch):
-    denoiser = make_denoiser()
+    denoiser = forms.tiny()
     guided = wrap(denoiser)
     expected = call(guided)
     alone = copy.deepcopy(denoiser)
-    x, sigma, cond, _ = inputs()
+    x, args = forms.latents()
     monkeypatch.setattr(ksag.attention.tap.AttentionTap, "_start", lambda *_: pytest.fail("it was seen"))
     with guided.tap.recording(rows=2):
-        alone(x, sigma, mapping_cond=cond)
+        alone(x, torch.ones(2), args["cond"])
     monkeypatch.undo()
     with wrap(alone) as twin:
         assert torch.equal(call(twin), expected)
@@ -136,7 +149,7 @@ def test_a_copy_of_the_model_alone_is_not_watched(monkeypatch):
 
 
 def test_a_copy_of_a_closed_wrapper_is_closed(copied):
-    guided = wrap(make_denoiser())
+    guided = wrap(forms.tiny())
     guided.close()
     twin = copied(guided)
     assert hooks(twin.inner_model) == 0
@@ -145,22 +158,33 @@ def test_a_copy_of_a_closed_wrapper_is_closed(copied):
         call(twin)
 
 
+def test_a_copy_has_directions_of_its_own(copied):
+    guided = forms.wrap("SAG in one pass, PAG and SEG")
+    expected = forms.run(guided)
+    twin = copied(guided)
+    for direction in twin.directions:
+        direction.scale = 0.0
+    assert torch.equal(forms.run(twin), forms.plain(twin))
+    guided.reset()
+    assert torch.equal(forms.run(guided), expected) and not torch.equal(forms.run(twin), expected)
+
+
 def test_a_copy_has_settings_and_a_model_of_its_own(copied):
-    guided = wrap(make_denoiser())
+    guided = wrap(forms.tiny())
     expected = call(guided)
     twin = copied(guided)
     twin.sag_scale, twin.blur_sigma = 2.0, 1.0
-    twin.inner_model = make_denoiser(seed=1)
+    twin.inner_model = forms.tiny(seed=1)
     assert (guided.sag_scale, guided.blur_sigma) == (0.8, 2.0) and torch.equal(call(guided), expected)
 
 
 @pytest.mark.parametrize("form", [{"one_pass": True}, {"every": 2}])
 def test_a_copy_begins_a_run_of_its_own(copied, form):
-    guided = wrap(make_denoiser(), **form)
+    guided = wrap(forms.tiny(), **form)
     first, second = call(guided), call(guided)
     twin = copied(guided)
     assert torch.equal(call(twin), first) and torch.equal(call(twin), second)
-    fresh = wrap(make_denoiser(), **form)
+    fresh = wrap(forms.tiny(), **form)
     expected = [call(fresh) for _ in range(4)]
     assert torch.equal(call(guided), expected[2])  # whose run the copy's calls did not disturb
     assert torch.equal(call(guided), expected[3])

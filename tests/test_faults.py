@@ -3,6 +3,7 @@
 import ast
 import collections
 import contextlib
+import functools
 import gc
 import itertools
 import sys
@@ -10,14 +11,16 @@ import threading
 import weakref
 from pathlib import Path
 
-import k_diffusion as K
 import pytest
 import torch
 from torch import nn
 
 import ksag
 from ksag import cfg
-from tests.models import Around, Unknown, inputs, randomise
+from tests import forms, reference
+from tests.models import Around, Unknown, hooks
+
+gc.freeze()  # so that gc.collect() looks at what a test made, and not at all of PyTorch
 
 
 class Guidable(nn.Module):
@@ -27,36 +30,36 @@ class Guidable(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.unet = Around("mine", Unknown(32))
-        self.condition = nn.Linear(10, 3)
+        self.condition = nn.Linear(4, 3)
         self.eval().requires_grad_(False)
 
-    def forward(self, x, sigma, mapping_cond):
-        return self.unet(x + self.condition(mapping_cond)[:, :, None, None]) / sigma[:, None, None, None]
+    def forward(self, x, sigma, cond):
+        return self.unet(x + self.condition(cond)[:, :, None, None]) / sigma[:, None, None, None]
 
 
-def small_denoiser():
-    torch.manual_seed(0)
-    unet = K.models.ImageDenoiserModelV1(3, 16, [1], [64], [True], mapping_cond_dim=10)
-    return K.layers.Denoiser(randomise(unet), sigma_data=0.5)
+KINDS = ["SAG and PAG", "a user's own", "no known family"]
+"""Which between them have every kind of hook: they read, change, replace a module's output, or watch the layer's call."""
 
 
-MODELS = {"a known family": (small_denoiser, "middle"), "no known family": (Guidable, "mine")}
-
-
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
 
 
+def make_model(kind):
+    return Guidable() if kind == "no known family" else forms.tiny()
+
+
 def wrap(kind, inner_model=None, **options):
-    build, attention = MODELS[kind]
-    options = {"attention": attention, "cond_key": "mapping_cond", "blur_kernel_size": 5, **options}
-    return ksag.SAGDenoiser(inner_model or build(), **options)
+    inner_model = inner_model or make_model(kind)
+    if kind == "no known family":
+        return ksag.SAGDenoiser(inner_model, attention="mine", blur_kernel_size=5, **options)
+    return forms.wrap(kind, inner_model, **options)
 
 
 def call(guided, sigma=3.0, **options):
-    x, sigma, cond, uncond = inputs(1, (8, 12), sigma)
-    return guided(x, sigma, **{"cond": cond, "uncond": uncond, "cond_scale": 2.0, **options})
+    x, args = forms.latents(1)
+    return guided(x * sigma, torch.full((1,), sigma), **{**args, **options})
 
 
 # Errors in every module, at each end of it
@@ -91,11 +94,12 @@ def hooked(place, module, hook):
 
 
 class Alive:
-    """The memory that modules computed into, for as long as anything holds it."""
+    """The memory that the modules of some layers computed into, for as long as anything holds it."""
 
-    def __init__(self, layer):
+    def __init__(self, layers):
         self.storages = []
-        self.handles = [module.register_forward_hook(self.watch, prepend=True) for module in layer.modules()]
+        modules = {module for layer in layers for module in layer.modules()}
+        self.handles = [module.register_forward_hook(self.watch, prepend=True) for module in modules]
 
     def watch(self, module, args, output):
         self.storages.append(weakref.ref(output.untyped_storage()))
@@ -115,7 +119,7 @@ def failing_call(guided, error, **options):
     try:
         call(guided, **options)
     except BaseException as caught:
-        assert caught is error, repr(caught)
+        assert error in (caught, caught.__cause__), repr(caught)  # a generator makes a RuntimeError of a StopIteration
         caught.__traceback__ = None
         return True
     return False
@@ -123,7 +127,7 @@ def failing_call(guided, error, **options):
 
 def assert_nothing_is_left(guided):
     assert torch.overrides._get_current_function_mode() is None
-    assert guided.tap._recording.get() is None
+    assert all(tap._visit.get() is None for tap in guided._hooks.all)
 
 
 def reached(guided):
@@ -140,32 +144,29 @@ def reached(guided):
 ERRORS = [Fault, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration]
 
 
-def faults(guided):
-    """(module, place, error), the errors in turn: three of them in and around the layer, and one elsewhere."""
-    around = {*guided.tap._around, *guided.tap.layer.modules()}
-    errors = itertools.cycle(ERRORS)
+def faults(guided, places=tuple(PLACES)):
+    """(module, place, error), the errors in turn."""
+    errors, turns = itertools.cycle(ERRORS), itertools.cycle(PLACES)
     for name, module in reached(guided).items():
-        for place in PLACES:
-            for _ in range(3 if module in around else 1):
-                yield name, module, place, next(errors)()
+        for place in places or [next(turns)]:
+            yield name, module, place, next(errors)()
 
 
-@pytest.mark.parametrize("at_first", [True, False])
-def test_an_error_in_any_module_leaves_nothing(kind, at_first):
-    """In each module, at four places: at the first call of a wrapper, which checks what it reads, or at a later one."""
-    inner_model = MODELS[kind][0]()
-    with wrap(kind, inner_model, cfg_rule=cfg.apg(momentum=-0.5)) as fresh:
+def check_faults(kind, at_first, **options):
+    inner_model = make_model(kind)
+    rule = functools.partial(cfg.apg, momentum=-0.5)
+    with wrap(kind, inner_model, cfg_rule=rule()) as fresh:
         expected = call(fresh, sigma=2.0)
         call(fresh, sigma=3.0)
         assert not same(call(fresh, sigma=2.0), expected)  # the momentum of a run
-        layer, cases = fresh.tap.layer, list(faults(fresh))
-    assert len(cases) > 50
-    alive = Alive(layer)
-    guided = wrap(kind, inner_model, cfg_rule=cfg.apg(momentum=-0.5))
+        layers, cases = [tap.layer for tap in fresh._hooks.attention], list(faults(fresh, **options))
+    assert len(cases) >= 8
+    alive = Alive(layers)
+    guided = wrap(kind, inner_model, cfg_rule=rule())
     for name, module, place, error in cases:
         if at_first:
             guided.close()
-            guided = wrap(kind, inner_model, cfg_rule=cfg.apg(momentum=-0.5))
+            guided = wrap(kind, inner_model, cfg_rule=rule())
         else:
             call(guided, sigma=3.0)
         alive.storages.clear()
@@ -178,6 +179,19 @@ def test_an_error_in_any_module_leaves_nothing(kind, at_first):
     alive.close()
 
 
+@pytest.mark.parametrize("at_first", [True, False])
+def test_an_error_in_any_module_leaves_nothing(kind, at_first):
+    """In each module, at four places: at the first call of a wrapper, which checks what it reads, or at a later one."""
+    check_faults(kind, at_first)
+
+
+@pytest.mark.parametrize("form", [form for form in forms.FORMS if form not in KINDS])
+def test_an_error_leaves_nothing_in_any_form(form):
+    """In each module, at one of the four places."""
+    check_faults(form, at_first=False, places=())
+
+
+@pytest.mark.parametrize("kind", ["SAG and PAG", "no known family"])
 def test_an_error_in_the_last_pass_leaves_nothing(kind):
     error = Fault()
     with wrap(kind, cfg_rule=cfg.apg(momentum=-0.5)) as guided:
@@ -212,17 +226,21 @@ def test_an_error_inside_a_trace_leaves_no_half_step(kind):
     error = Fault()
     with wrap(kind) as guided, guided.trace() as steps:
         call(guided)
-        with hooked("after its forward", guided.tap.layer, raises(error)):
+        once = len(steps)
+        with hooked("after its forward", guided.inner_model, raises(error)):
             assert failing_call(guided, error)
+        assert len(steps) == once == len(guided.directions)
         call(guided)
-    assert len(steps) == 2 and all(map(torch.equal, steps[0], steps[1]))
+    assert reference.same_steps(steps[:once], steps[once:])
 
 
+@pytest.mark.parametrize("kind", ["SAG and PAG", "no known family"])
 def test_a_model_that_catches_the_error_and_runs_the_layer_again_is_read_right(kind):
     """As a model does that falls back to smaller pieces where memory runs out."""
     guided = wrap(kind)
     expected = call(wrap(kind))
-    layer, forward, fails = guided.tap.layer, guided.tap.layer.forward, [True]
+    [tap] = guided._hooks.attention
+    layer, forward, fails = tap.layer, tap.layer.forward, [True]
 
     def tries_twice(*args, **kwargs):
         if fails.pop() if fails else False:
@@ -230,7 +248,7 @@ def test_a_model_that_catches_the_error_and_runs_the_layer_again_is_read_right(k
             raise torch.OutOfMemoryError
         return forward(*args, **kwargs)
 
-    parent = guided.inner_model.get_submodule(guided.tap.path.rpartition(".")[0])
+    parent = guided.inner_model.get_submodule(tap.path.rpartition(".")[0])
     again = parent.forward
 
     def catches(*args, **kwargs):
@@ -282,11 +300,10 @@ def cleans_up(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["a known family", "no known family"])
 @pytest.mark.parametrize("at_first", [True, False])
 def test_an_interrupt_before_any_line_leaves_nothing(kind, at_first):
     """Before the first time that a line runs in a wrapper's first call, and before the last time in a later one."""
-    inner_model = MODELS[kind][0]()
+    inner_model = make_model(kind)
     with wrap(kind, inner_model) as guided:
         if not at_first:
             call(guided)
@@ -326,50 +343,38 @@ def test_an_interrupt_before_any_line_leaves_nothing(kind, at_first):
 class CallsItsWrapper(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.inner_model = MODELS[kind][0]()
+        self.inner_model = make_model(kind)
         self.calls = []
 
-    def forward(self, x, sigma, mapping_cond):
+    def forward(self, x, sigma, cond):
         if self.calls:
-            return self.calls[0](x, sigma, cond=mapping_cond)
-        return self.inner_model(x, sigma, mapping_cond=mapping_cond)
+            return self.calls[0](x, sigma, cond=cond)
+        return self.inner_model(x, sigma, cond=cond)
 
 
 @pytest.mark.parametrize("at_first", [True, False])
-@pytest.mark.parametrize("sag_scale", [0.5, 0.0])
-def test_a_model_that_calls_its_wrapper_is_a_clear_error(kind, at_first, sag_scale):
-    inner_model = CallsItsWrapper(kind)
-    guided = wrap(kind, inner_model)
-    expected = call(wrap(kind, CallsItsWrapper(kind)))
+def test_a_model_that_calls_its_wrapper_is_an_error_and_leaves_nothing(at_first):
+    inner_model = CallsItsWrapper("SAG")
+    guided = ksag.SAGDenoiser(inner_model, blur_kernel_size=5)
+    expected = call(ksag.SAGDenoiser(CallsItsWrapper("SAG"), blur_kernel_size=5))
     if not at_first:
         call(guided)
     inner_model.calls.append(guided)
-    with pytest.raises(RuntimeError, match="called from inside its own inner_model"):
-        call(guided, sag_scale=sag_scale)
-    assert_nothing_is_left(guided)
+    for options in {}, {"sag_scale": 0.0}:
+        with pytest.raises(RecursionError):
+            call(guided, **options)
+        assert_nothing_is_left(guided)
     inner_model.calls.clear()
     assert torch.equal(call(guided), expected)
 
 
-def test_a_wrapper_around_a_wrapper_is_two_guidances(kind):
-    """Not from inside: each asks what is inside it."""
+def test_a_wrapper_around_a_wrapper_is_a_clear_error(kind):
     inner = wrap(kind)
-    outer = wrap(kind, Renames(inner), attention=inner.tap.path)
-    first, again = call(outer), call(outer)
-    with wrap(kind) as once:
-        assert not same(first, call(once))
-    assert torch.equal(first, again)
-    assert_nothing_is_left(inner)
-    assert_nothing_is_left(outer)
-
-
-class Renames(nn.Module):
-    def __init__(self, guided):
-        super().__init__()
-        self.guided = guided
-
-    def forward(self, x, sigma, mapping_cond):
-        return self.guided(x, sigma, cond=mapping_cond)
+    before = hooks(inner.inner_model)
+    for around in inner, nn.Sequential(inner):
+        with pytest.raises(TypeError, match=r"holds a (Guided|SAG)Denoiser, which does classifier-free guidance.*guided twice"):
+            ksag.GuidedDenoiser(around, ksag.PAG())
+    assert hooks(inner.inner_model) == before
 
 
 # Threads
@@ -391,21 +396,25 @@ def hectic():
     sys.setswitchinterval(before)
 
 
-THREADS, IMAGES = 6, 20
+THREADS, IMAGES = 4, 6
 
 
-def latent(i):
-    """x, and options, of the i-th image: each has content, a sigma and a scale of its own."""
-    generator = torch.Generator().manual_seed(i)
-    x, sigma, cond, uncond = inputs(1, (8, 12), sigma=1.0 + i % 3)
-    x, cond = torch.randn(x.shape, generator=generator) * 3, torch.randn(cond.shape, generator=generator)
-    return x, sigma, {"cond": cond, "uncond": uncond, "cond_scale": 2.0, "sag_scale": 1.0 + i % 2}
-
-
-def image(guided, i):
-    x, sigma, options = latent(i)
+def image(guided, i, **options):
+    """Two calls of a run: each image has a content, sigmas and a scale for guidance of its own."""
+    x, args = forms.latents(1, seed=i)
+    args |= {"cond_scale": 1.0 + i % 3, **options}
+    guided.reset()
     with torch.no_grad():
-        return guided(x, sigma, **options)
+        return torch.stack([guided(x * 3 * s, torch.full((1,), s * (2.0 + i % 2)), **args) for s in (1.0, 0.9)])
+
+
+def alone(kind):
+    """The images, one after another; each is guided, and is not any other."""
+    with wrap(kind) as guided, ksag.GuidedDenoiser(guided.inner_model, []) as plain:
+        images = [image(guided, i) for i in range(IMAGES)]
+        for i in range(IMAGES):
+            assert not same(images[i], images[i - 1]) and not same(image(plain, i), images[i])
+    return images
 
 
 def in_threads(*works):
@@ -434,112 +443,79 @@ def same(actual, expected):
     return (actual - expected).norm() < 1e-5 * expected.norm()
 
 
-def assert_the_images_are_told_apart(expected, guided):
-    for i, result in enumerate(expected):
-        assert not same(result, expected[i - 1]) and not same(image_unguided(guided, i), result)
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("kind", [*forms.FORMS, "no known family"])
+def test_threads_that_share_a_wrapper_get_each_its_own_image(kind, checked, hectic):
+    """From threads that begin with the wrapper's first call, which checks what is read, or after it."""
+    check_threads(wrap(kind), alone(kind), checked)
 
 
-def image_unguided(guided, i):
-    x, sigma, options = latent(i)
-    return guided(x, sigma, **{**options, "sag_scale": 0.0})
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize(("kind", "backend"), [
+    ("SAG in one pass, PAG and SEG", "eager"),
+    pytest.param("a user's own", "eager", marks=pytest.mark.slow),
+    pytest.param("SAG", "aot_eager", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_threads_that_share_a_compiled_model_get_each_its_own_image(kind, backend, checked, fresh_dynamo, hectic):
+    guided, expected = wrap(kind), alone(kind)
+    guided.inner_model = torch.compile(guided.inner_model, backend=backend)
+    check_threads(guided, expected, checked)
 
 
-@pytest.mark.parametrize(
-    ("backend", "checked"), [(None, False), (None, True), ("eager", False), ("eager", True), ("aot_eager", False)]
-)
-def test_threads_that_share_a_wrapper_get_each_its_own_image(backend, checked, fresh_dynamo, hectic):
-    """120 images, from threads that begin with the wrapper's first call, which checks what is read, or after it."""
-    guided = wrap("a known family")
-    with wrap("a known family") as alone:
-        expected = [image(alone, i) for i in range(IMAGES)]
-        assert_the_images_are_told_apart(expected[:6], alone)
-    if backend is not None:
-        guided.inner_model.inner_model = torch.compile(guided.inner_model.inner_model, backend=backend)
+def check_threads(guided, expected, checked):
     if checked:
         image(guided, 0)
     wrong = []
 
     def work(first):
-        for n in range(IMAGES):
+        for n in range(2 * IMAGES):
             i = (first * 7 + n) % IMAGES
-            if not same(image(guided, i), expected[i]):
-                wrong.append(i)
-
-    in_threads(*[lambda first=first: work(first) for first in range(THREADS)])
-    assert not wrong, f"{len(wrong)} of {THREADS * IMAGES} images are wrong"
-    assert_nothing_is_left(guided)
-
-
-@pytest.mark.parametrize("checked", [True, False])
-def test_threads_that_share_a_wrapper_of_an_unknown_family(checked, hectic):
-    guided = wrap("no known family")
-    with wrap("no known family") as alone:
-        expected = [image(alone, i) for i in range(IMAGES)]
-        assert_the_images_are_told_apart(expected[:6], alone)
-    if checked:
-        image(guided, 0)
-    wrong = []
-
-    def work(first):
-        for i in range(first % 2, IMAGES, 2):
             if not same(image(guided, i), expected[i]):
                 wrong.append(i)
         assert torch.overrides._get_current_function_mode() is None
 
     in_threads(*[lambda first=first: work(first) for first in range(THREADS)])
-    assert not wrong
+    assert not wrong, f"{len(wrong)} of {2 * THREADS * IMAGES} images are wrong"
     assert_nothing_is_left(guided)
 
 
-@pytest.mark.parametrize("backend", [None, "eager"])
-def test_two_wrappers_on_one_model_in_two_threads(backend, fresh_dynamo, hectic):
-    inner_model = small_denoiser()
-    first, last = (layer.path for layer in ksag.list_attention(inner_model))
-    guided = [wrap("a known family", inner_model, attention=path) for path in (first, last)]
-    expected = [[image(one, i) for i in range(IMAGES)] for one in guided]
+@pytest.mark.parametrize("backend", [None, pytest.param("eager", marks=pytest.mark.slow)])
+def test_wrappers_on_one_model_in_several_threads(backend, fresh_dynamo, hectic):
+    inner_model, kinds = forms.tiny(), ["SAG", "PAG on two layers", "a user's own"]
+    guided, expected = [wrap(kind, inner_model) for kind in kinds], [alone(kind) for kind in kinds]
     assert not same(expected[0][0], expected[1][0])
     if backend is not None:
-        compiled = torch.compile(inner_model.inner_model, backend=backend)
-        inner_model.inner_model = compiled
+        for one in guided:
+            one.inner_model = torch.compile(inner_model, backend=backend)
     wrong = []
 
-    def work(one, alone):
+    def work(one, images):
         for i in range(IMAGES):
-            if not same(image(one, i), alone[i]):
+            if not same(image(one, i), images[i]):
                 wrong.append(i)
 
-    in_threads(
-        *[lambda one=one, alone=alone: work(one, alone) for one, alone in zip(guided, expected, strict=True) for _ in range(2)]
-    )
+    in_threads(*[lambda one=one, images=images: work(one, images) for one, images in zip(guided, expected, strict=True)] * 2)
     assert not wrong, f"{len(wrong)} images are wrong"
 
 
-@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("backend", [None, pytest.param("eager", marks=pytest.mark.slow)])
 def test_errors_in_one_thread_do_not_disturb_the_others(backend, fresh_dynamo, hectic):
-    guided = wrap("a known family", cfg_rule=cfg.apg(momentum=-0.5))
-    with wrap("a known family") as alone:
-        expected = []
-        for i in range(IMAGES):
-            alone.cfg_rule = cfg.apg(momentum=-0.5)
-            expected.append(image(alone, i))
+    kind = "SAG in one pass, PAG and SEG"
+    guided, expected = wrap(kind), alone(kind)
     if backend is not None:
-        guided.inner_model.inner_model = torch.compile(guided.inner_model.inner_model, backend=backend)
+        guided.inner_model = torch.compile(guided.inner_model, backend=backend)
     image(guided, 0)
-    guided.reset()
     wrong, failures = [], []
 
     def works():
         for i in range(IMAGES):
-            guided.reset()
             if not same(image(guided, i), expected[i]):
                 wrong.append(i)
 
     def fails():
         for i in range(IMAGES):
-            guided.reset()
-            x, sigma, options = latent(i)
             try:
-                guided(x, sigma, **options, unknown_keyword=1)
+                image(guided, i, unknown_keyword=1)
             except TypeError:
                 failures.append(i)
             if not same(image(guided, i), expected[i]):
@@ -551,8 +527,8 @@ def test_errors_in_one_thread_do_not_disturb_the_others(backend, fresh_dynamo, h
 
 def test_a_call_while_another_thread_compiles_waits_for_its_turn(fresh_dynamo):
     """PyTorch says that it compiles to every thread, also to those that run ksag as it is."""
-    guided = wrap("a known family")
-    expected = [image(guided, i) for i in range(2)]
+    guided = wrap("SAG")
+    expected = alone("SAG")[:2]
     compiles, goes_on = threading.Event(), threading.Event()
 
     def backend(graph, example_inputs):
@@ -560,7 +536,7 @@ def test_a_call_while_another_thread_compiles_waits_for_its_turn(fresh_dynamo):
         assert goes_on.wait(60)
         return graph
 
-    guided.inner_model.inner_model = torch.compile(guided.inner_model.inner_model, backend=backend)
+    guided.inner_model = torch.compile(guided.inner_model, backend=backend)
     images = {}
 
     def first():
@@ -577,9 +553,9 @@ def test_a_call_while_another_thread_compiles_waits_for_its_turn(fresh_dynamo):
 
 def test_a_thread_that_is_interrupted_leaves_the_turn_to_the_others(fresh_dynamo):
     """Ctrl-C while a thread has its turn with a compiled model, which the others wait for."""
-    guided = wrap("a known family")
-    expected = image(guided, 0)
-    guided.inner_model.inner_model = torch.compile(guided.inner_model.inner_model, backend="eager")
+    guided = wrap("SAG")
+    inner_model, expected = guided.inner_model, image(guided, 0)
+    guided.inner_model = torch.compile(inner_model, backend="eager")
     image(guided, 0)
     raised = KeyboardInterrupt()
 
@@ -593,9 +569,10 @@ def test_a_thread_that_is_interrupted_leaves_the_turn_to_the_others(fresh_dynamo
     assert len(images) == 2 and all(same(one, expected) for one in images)
 
 
-def test_a_run_is_its_own_threads(hectic):
-    """A rule's momentum, of threads that come one after another, and may have an id that was another's."""
-    guided = wrap("a known family", cfg_rule=cfg.apg(momentum=-0.5))
+@pytest.mark.parametrize("kind", ["SAG in one pass", "SAG, every 2nd call"])
+def test_a_run_is_its_own_threads(kind, hectic):
+    """What is kept, and a rule's momentum, of threads that come one after another, and may have an id that was another's."""
+    guided = wrap(kind, cfg_rule=cfg.apg(momentum=-0.5))
     first = call(guided, sigma=3.0)
     expected = call(guided, sigma=2.0)
     runs = []

@@ -16,6 +16,7 @@ from ksag.commands.pipeline import Pipeline
 from ksag.commands.sampling import Sampling
 from ksag.model.conditioning import transform
 from ksag.samplers import SAMPLERS, sample
+from tests import forms, reference
 from tests.commands import invoke, pixels
 from tests.diffusers_pipelines import scheduler
 from tests.diffusers_pipelines import stable_diffusion as make_pipeline
@@ -61,23 +62,104 @@ def relative(actual, expected):
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("graphed", [False, True])
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m_sde"])
-@pytest.mark.parametrize("form", [{"one_pass": True}, {"every": 3}, {"one_pass": True, "every": 3}])
-def test_one_pass_and_every_are_what_they_are_on_a_cpu(form, sampler, graphed):
-    def image(device):
-        guided = wrap(make_denoiser().double().to(device), mask_threshold=0.9, **form)  # float64: no token changes sides
-        if graphed and device == "cuda":
-            guided.use_cuda_graphs()
-        _, _, cond, uncond = inputs()
-        args = {"cond": cond.double().to(device), "uncond": uncond.double().to(device), "cond_scale": 2.0}
-        x = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(0)).double().to(device) * 10
-        sigmas = K.sampling.get_sigmas_karras(8, 0.05, 10.0, device=device).double()
-        options = {"noise_sampler": lambda *_: x / 10} if sampler.endswith("sde") else {}
-        with torch.no_grad():
-            return getattr(K.sampling, f"sample_{sampler}")(guided, x, sigmas, args, disable=True, **options).cpu()
+def moved(args):
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in args.items()}
 
-    assert relative(image("cuda"), image("cpu")) < 1e-6  # sigmas are made in float32
+
+def on_the_gpu(form, dtype=torch.float32):
+    """A wrapper that takes its tensors from the CPU, and gives them back there."""
+    guided = forms.wrap(form, forms.tiny().to("cuda", dtype))
+    return guided, lambda x, sigma, **args: guided(x.cuda(), sigma.cuda(), **moved(args)).cpu()
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_every_form_is_what_it_is_on_a_cpu(form, graphed):
+    expected = forms.run(forms.wrap(form, forms.tiny().double()), dtype=torch.float64)  # where no token changes sides
+    guided, call = on_the_gpu(form, torch.float64)
+    if graphed:
+        guided.use_cuda_graphs()
+    with torch.no_grad():
+        for _ in range(3):
+            assert relative(forms.run(call, dtype=torch.float64), expected) < 1e-10
+            guided.reset()
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_every_form_in_half_precision(form, dtype, graphed):
+    """At threshold 0 all is masked, so that rounding moves no token across it."""
+    options = {"mask_threshold": 0.0} if "SAG" in form else {}
+    expected = forms.run(forms.wrap(form), **options)
+    guided, call = on_the_gpu(form, dtype)
+    if graphed:
+        guided.use_cuda_graphs()
+    with torch.no_grad():
+        result = forms.run(call, dtype=dtype, **options)
+    assert result.dtype == dtype and relative(result, expected) < 40 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("form", [form for form in forms.FORMS if "every" not in form])  # which reads sigma
+def test_no_form_synchronises(form, graphed):
+    guided, _ = on_the_gpu(form)
+    x, args = forms.latents()
+    x, args, sigma = x.cuda(), moved(args), torch.full((2,), 3.0, device="cuda")
+    if graphed:
+        guided.use_cuda_graphs()
+    with torch.no_grad():
+        guided(x, sigma, **args)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for i in range(1, 9):  # calls 2, 4 and 8 check the attention again
+                guided(x + i, sigma * 0.9**i, **args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_a_change_that_shows_nowhere_is_found_later_without_waiting(graphed):
+    """Under graphs a change would not even run: what was captured is replayed."""
+
+    guided, _ = on_the_gpu("SAG and PAG")
+    layer = guided.inner_model.middle_block[0].attn1
+    factor = [1.0]
+
+    def forward(x):
+        q, k, v = (to(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for to in (layer.to_q, layer.to_k, layer.to_v))
+        weights = torch.softmax(q @ k.mT * (factor[0] * q.shape[-1] ** -0.5), dim=-1)
+        return layer.to_out((weights @ v).transpose(1, 2).flatten(2))
+
+    layer.forward = forward
+    x, args = forms.latents()
+    x, args, sigma = x.cuda(), moved(args), torch.full((2,), 3.0, device="cuda")
+    if graphed:
+        guided.use_cuda_graphs()
+    with torch.no_grad():
+        expected = guided(x, sigma, **args)
+        factor[0] = 4.0
+        if graphed:
+            assert all(torch.equal(guided(x, sigma, **args), guided(x, sigma, **args)) for _ in range(10))
+            assert relative(guided(x, sigma, **args), expected) < 1e-5
+            return
+        with pytest.raises(ValueError, match="found at guided call 2 of this wrapper; it was right at call 1"):
+            for _ in range(4):
+                guided(x, sigma, **args)
+                torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("form", ["SAG and PAG", "SAG in one pass, PAG and SEG", "a user's own"])
+def test_a_compiled_model_gives_the_eager_image_in_every_form(form, mode):
+    expected = forms.run(forms.wrap(form))
+    guided, call = on_the_gpu(form)
+    with torch.no_grad():
+        forms.run(call)
+        guided.inner_model = torch.compile(guided.inner_model, mode=mode, fullgraph=True)
+        for _ in range(2):
+            guided.reset()
+            assert relative(forms.run(call), expected) < 1e-4
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -92,7 +174,8 @@ def test_graphed_samples_are_the_eager_ones(sampler):
     assert relative(result, expected) < 1e-5
     assert len(steps) == len(expected_steps) > 0
     for step, wanted in zip(steps, expected_steps, strict=True):
-        assert all(relative(a, b) < 1e-4 for a, b in zip(step, wanted, strict=True))
+        pairs = zip(reference.tensors(step), reference.tensors(wanted), strict=True)
+        assert step.name == wanted.name and all(relative(a, b) < 1e-4 for a, b in pairs)
     assert len(graphed._passes.graphs) == 3
 
 

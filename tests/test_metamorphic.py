@@ -18,6 +18,28 @@ def model(request):
     return request.param
 
 
+def sag(**settings):
+    return ksag.SAG(**{"blur_kernel_size": 5, **settings})
+
+
+DIRECTIONS = {
+    "SAG": lambda model: [sag()],
+    "PAG": lambda model: [ksag.PAG(0.7)],
+    "PAG on every layer": lambda model: [ksag.PAG(0.7, campaign.layers(model))],
+    "SEG": lambda model: [ksag.SEG(2.0, attention=campaign.layers(model)[-1])],
+    "SEG, blurred": lambda model: [ksag.SEG(2.0, 1.0)],
+}
+
+
+def together(model):
+    """All of them in one wrapper."""
+    return [direction for make in DIRECTIONS.values() for direction in make(model)]
+
+
+def guide(model, directions, **settings):
+    return ksag.GuidedDenoiser(campaign.denoisers(model, torch.float64)[0], directions, **settings)
+
+
 def wrapped(model, **settings):
     denoiser, _ = campaign.denoisers(model, torch.float64)
     return ksag.SAGDenoiser(denoiser, **{"blur_kernel_size": 5, **settings})
@@ -49,7 +71,7 @@ def differ(a, b):
 
 
 def test_a_permuted_batch_is_the_permuted_image(model):
-    with wrapped(model) as guided:
+    with guide(model, together(model)) as guided:
         result = image(guided, *inputs(model))
         order = [2, 0, 1]
         close(image(guided, *(t[order] for t in inputs(model))), result[order])
@@ -57,7 +79,7 @@ def test_a_permuted_batch_is_the_permuted_image(model):
 
 
 def test_one_by_one_is_the_batch(model):
-    with wrapped(model) as guided:
+    with guide(model, together(model)) as guided:
         result = image(guided, *inputs(model))
         for i in range(BATCH):
             close(image(guided, *(t[i : i + 1] for t in inputs(model))), result[i : i + 1])
@@ -67,15 +89,88 @@ def test_a_sample_does_not_see_the_others(model):
     x, sigma, cond, uncond = inputs(model)
     others = x.clone()
     others[1:] = others[1:].flip(-1) * 2
-    with wrapped(model) as guided:
+    with guide(model, together(model)) as guided:
         result, changed = (image(guided, latent, sigma, cond, uncond) for latent in (x, others))
     close(changed[0], result[0])
     assert differ(changed[1:], result[1:])
 
 
 def test_batch_cond_either_way(model):
-    with wrapped(model) as together, wrapped(model, batch_cond=False) as apart:
-        close(image(apart, *inputs(model)), image(together, *inputs(model)))
+    with guide(model, together(model)) as at_once, guide(model, together(model), batch_cond=False) as apart:
+        close(image(apart, *inputs(model)), image(at_once, *inputs(model)))
+
+
+# Several directions
+
+
+def test_together_they_add_what_each_adds_alone(model):
+    with guide(model, []) as without:
+        plain = image(without, *inputs(model))
+    added = torch.zeros_like(plain)
+    for make in DIRECTIONS.values():
+        with guide(model, make(model)) as guided:
+            alone = image(guided, *inputs(model)) - plain
+        assert differ(plain + alone, plain)
+        added = added + alone
+    with guide(model, together(model)) as guided:
+        result = image(guided, *inputs(model))
+        close(result, plain + added)
+    with guide(model, together(model)[::-1]) as reversed_order:
+        close(image(reversed_order, *inputs(model)), result)
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_a_scale_is_linear_and_zero_is_nothing_bit_for_bit(name):
+    model = "k-diffusion"
+    with guide(model, []) as without, guide(model, DIRECTIONS[name](model)) as guided:
+        plain = image(without, *inputs(model))
+        [direction] = guided.directions
+        images = {}
+        for scale in 0.0, 0.75, 1.5, -0.75:
+            direction.scale = scale
+            images[scale] = image(guided, *inputs(model))
+    assert torch.equal(images[0.0], plain) and differ(images[0.75], plain)
+    close(images[1.5] - plain, 2 * (images[0.75] - plain))
+    close(images[-0.75] - plain, plain - images[0.75])
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_a_direction_of_scale_zero_changes_no_bit_of_the_others(name):
+    model = "k-diffusion"
+    others = [ksag.PAG(0.3, campaign.layers(model)[-1]), sag(blur_sigma=1.0)]
+    with guide(model, others) as guided:
+        expected = image(guided, *inputs(model))
+    [silent] = DIRECTIONS[name](model)
+    silent.scale = 0.0
+    with guide(model, [others[0], silent, others[1]]) as guided:
+        assert torch.equal(image(guided, *inputs(model)), expected)
+
+
+def test_what_pag_and_seg_add_depends_on_cond_alone(model):
+    x, sigma, cond, uncond = inputs(model)
+    directions = [ksag.PAG(0.7), ksag.SEG(2.0, 1.0)]
+    with guide(model, directions) as guided, guide(model, []) as without:
+        once, other = (image(guided, x, sigma, cond, u) - image(without, x, sigma, cond, u) for u in (uncond, 0.5 * uncond))
+        close(other, once)
+        assert differ(image(guided, x, sigma, uncond, cond) - image(without, x, sigma, uncond, cond), once)
+
+
+def test_the_order_and_the_repetition_of_layers_are_nothing(model):
+    paths = campaign.layers(model)
+    images = []
+    for layers in paths, paths[::-1], [*paths, paths[0]]:
+        with guide(model, [ksag.PAG(0.7, layers), ksag.SEG(2.0, 1.0, layers)]) as guided:
+            images.append(image(guided, *inputs(model)))
+    assert torch.equal(images[1], images[0]) and torch.equal(images[2], images[0])
+
+
+@pytest.mark.parametrize("blur_sigma", [0.0, 1e-20])
+def test_queries_blurred_by_nothing_are_plain_guidance(model, blur_sigma):
+    with guide(model, ksag.SEG(5.0, blur_sigma)) as guided, guide(model, []) as without:
+        close(image(guided, *inputs(model)), image(without, *inputs(model)))
+
+
+# SAG
 
 
 def test_sag_scale_doubled_doubles_what_is_added(model):
@@ -105,6 +200,7 @@ def test_what_is_added_does_not_depend_on_cond_nor_on_the_rule(model):
         close(other, added[0])
 
 
+@pytest.mark.filterwarnings("ignore:blur_sigma=0 blurs nothing")
 @pytest.mark.parametrize("options", [{"mask_threshold": 1e6}, {"blur_sigma": 0.0}, {"blur_sigma": 1e-160}])
 def test_nothing_taken_away_is_plain_guidance(model, options):
     with wrapped(model) as guided:
@@ -148,7 +244,7 @@ def test_the_same_call_twice_is_the_same_image_bit_for_bit(model):
     assert torch.equal(once, twice)
 
 
-@pytest.mark.parametrize("rule", [cfg.plain, cfg.apg(momentum=-0.5)], ids=cfg.name_of)
+@pytest.mark.parametrize("rule", [cfg.plain, cfg.apg(momentum=-0.5)], ids=cfg.shown)
 @pytest.mark.parametrize("sampler", ["sample_euler", "sample_heun", "sample_dpmpp_2m"])
 def test_the_same_run_twice_is_the_same_image_bit_for_bit(sampler, rule):
     x, _, cond, uncond = inputs("k-diffusion")

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +14,8 @@ import ksag
 from ksag import cfg
 from ksag.model import parameters
 from ksag.model.parameters import PARAMETERS, PER_CALL
-from tests.models import hooks, inputs, make_denoiser
+from tests import forms
+from tests.models import hooks
 
 NUMBER = r"must be a number, got "
 NOT_NUMBERS = [
@@ -61,8 +63,8 @@ MALFORMED = {
     ],
     "one_pass": [(1, "one_pass is True or False, got the int 1"), (None, "got None")],
     "every": [
-        (0, "every is a number of calls, 1 or more: .* Got the int 0"), (-1, "Got the int -1"), (2.0, "Got the float 2.0"),
-        (True, "Got the bool True"), (None, "Got None"), ("2", "Got the str '2'"),
+        (0, "every=n computes the direction every n-th call, n = 1 or more, got the int 0"), (-1, "got the int -1"),
+        (2.0, "got the float 2.0"), (True, "got the bool True"), (None, "got None"), ("2", "got the str '2'"),
     ],
     "cfg_rule": [(None, r"cfg_rule is a function of .*got None"), ("plain", "got the str 'plain'"), (0.7, "got the float 0.7")],
     "cond_key": [(3, "cond_key is the keyword .*got the int 3"), (["cond"], "got the list"), (b"cond", "got the bytes")],
@@ -76,13 +78,24 @@ CASES = [
 ]
 
 
+class Model(nn.Module):
+    """The tiny denoiser, with another keyword for its conditioning."""
+
+    def __init__(self):
+        super().__init__()
+        self.tiny = forms.tiny()
+
+    def forward(self, x, sigma, text=None):
+        return self.tiny(x, sigma, text)
+
+
 def wrap(denoiser, **options):
-    return ksag.SAGDenoiser(denoiser, **{"cond_key": "mapping_cond", "blur_kernel_size": 5, **options})
+    return ksag.SAGDenoiser(denoiser, **{"cond_key": "text", "blur_kernel_size": 5, **options})
 
 
 def good_call(batch=2):
-    x, sigma, cond, uncond = inputs(batch, (8, 12))
-    return {"x": x, "sigma": sigma, "cond": cond, "uncond": uncond, "cond_scale": 2.0}
+    x, args = forms.latents(batch)
+    return {"x": x * 3, "sigma": torch.full((batch,), 3.0), **args}
 
 
 def differ(a, b):
@@ -94,7 +107,7 @@ def differ(a, b):
 
 @pytest.fixture(scope="module")
 def guided():
-    return wrap(make_denoiser())
+    return wrap(Model())
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +121,7 @@ def test_every_parameter_has_malformed_values():
 
 @pytest.mark.parametrize(("name", "value", "message"), CASES)
 def test_malformed_at_construction(name, value, message):
-    denoiser = make_denoiser()
+    denoiser = Model()
     with pytest.raises(ValueError, match=message):
         wrap(denoiser, **{name: value})
     assert hooks(denoiser) == 0
@@ -132,12 +145,18 @@ def test_malformed_per_call(guided, expected, name, value, message):
     assert torch.equal(guided(**good_call()), expected)
 
 
-@pytest.mark.parametrize("attention", [None, 3, 3.5, ["middle"], b"middle"])
+@pytest.mark.parametrize("attention", [None, 3, 3.5, [3]])
 def test_malformed_attention(attention):
-    denoiser = make_denoiser()
+    denoiser = Model()
     with pytest.raises(ValueError, match=r"attention= is 'middle', a path in inner_model, or a module of it, got (None|the )"):
         wrap(denoiser, attention=attention)
     assert hooks(denoiser) == 0
+
+
+@pytest.mark.parametrize("attention", [(), ["middle", forms.LAYERS[1]]])
+def test_sag_reads_one_layer(attention):
+    with pytest.raises(ValueError, match=r"SAG reads the attention of one layer, got attention=[\[(].*: name one"):
+        wrap(Model(), attention=attention)
 
 
 # Values that are taken
@@ -173,7 +192,7 @@ def test_malformed_attention(attention):
     ],
 )
 def test_taken_wherever_it_is_given(guided, name, value, same):
-    with wrap(make_denoiser(), **{name: same}) as other:
+    with wrap(Model(), **{name: same}) as other:
         expected = other(**good_call())
     before = getattr(guided, name)
     setattr(guided, name, value)
@@ -181,7 +200,7 @@ def test_taken_wherever_it_is_given(guided, name, value, same):
         assigned = guided(**good_call())
     finally:
         setattr(guided, name, before)
-    with wrap(make_denoiser(), **{name: value}) as constructed:
+    with wrap(Model(), **{name: value}) as constructed:
         images = [assigned, constructed(**good_call())]
     if name in PER_CALL:
         images.append(guided(**good_call(), **{name: value}))
@@ -200,9 +219,9 @@ def test_assigned_per_call_and_at_construction_are_the_same(guided, expected, na
     other = {"sag_scale": -1.5, "blur_sigma": 0.75, "mask_threshold": 0.9}[name]
     per_call = guided(**good_call(), **{name: other})
     assert differ(per_call, expected)
-    with wrap(make_denoiser(), **{name: other}) as constructed:
+    with wrap(Model(), **{name: other}) as constructed:
         assert torch.equal(constructed(**good_call()), per_call)
-    with wrap(make_denoiser()) as later:
+    with wrap(Model()) as later:
         setattr(later, name, other)
         assert torch.equal(later(**good_call()), per_call)
 
@@ -228,27 +247,27 @@ def test_assigned_per_call_and_at_construction_are_the_same(guided, expected, na
         ({"sigma": np.array([3.0, 3.0])}, ValueError, "got the ndarray"),
         ({"x": np.zeros((2, 3, 8, 12), np.float32)}, ValueError, r"x must be a latent, .*\(b, c, h, w\).*got the ndarray"),
         ({"x": None}, ValueError, "x must be a latent.*got None"),
-        ({"x": torch.zeros(3, 8, 12)}, ValueError, r"x must be a latent.*got a tensor of shape \(3, 8, 12\)"),
-        ({"x": torch.zeros(2, 3, 1, 8, 12)}, ValueError, r"got a tensor of shape \(2, 3, 1, 8, 12\)"),
+        ({"x": torch.zeros(8, 12)}, ValueError, r"x must be a latent.*got a tensor of shape \(8, 12\)"),
+        ({"x": torch.zeros(2, 3, 1, 1, 8, 12)}, ValueError, r"got a tensor of shape \(2, 3, 1, 1, 8, 12\)"),
         ({"x": torch.zeros(0, 3, 8, 12)}, ValueError, r"with b at least 1, got a tensor of shape \(0, 3, 8, 12\)"),
-        ({"uncond": torch.zeros(3, 10)}, ValueError, r"uncond has shape \(3, 10\), but the latent is a batch of 2"),
+        ({"uncond": torch.zeros(3, 4)}, ValueError, r"uncond has shape \(3, 4\), but the latent is a batch of 2"),
         ({"cond": torch.tensor(1.0)}, ValueError, r"cond has shape \(\), but the latent is a batch of 2"),
         ({"cond": "a cat", "uncond": "a dog"}, ValueError, "uncond is the str 'a dog', cond is the str 'a cat'"),
-        ({"cond": {"a": torch.zeros(2, 10)}}, ValueError, "both must have the same nesting"),
+        ({"cond": {"a": torch.zeros(2, 4)}}, ValueError, "both must have the same nesting"),
         ({"cond": {1: torch.zeros(2), "a": 1}, "uncond": {1: torch.zeros(2), None: 1}}, ValueError, "has nothing there: both must"),
-        ({"mapping_cond": torch.zeros(2, 10)}, TypeError, "mapping_cond came twice: in cond, and as a keyword of its own"),
+        ({"text": torch.zeros(2, 4)}, TypeError, "text came twice: in cond, and as a keyword of its own"),
     ],
 )  # fmt: skip
 def test_malformed_calls_are_clear_errors_and_leave_nothing(guided, expected, change, error, message):
     with pytest.raises(error, match=message):
         guided(**{**good_call(), **change})
-    assert guided.tap._recording.get() is None
+    assert guided.tap._visit.get() is None
     assert torch.equal(guided(**good_call()), expected)
 
 
 def test_a_batch_of_none_is_a_clear_error_with_everything_to_match(guided):
     empty = {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in good_call().items()}
-    with pytest.raises(ValueError, match=r"with b at least 1, got a tensor of shape \(0, 3, 8, 12\)"):
+    with pytest.raises(ValueError, match=r"with b at least 1, got a tensor of shape \(0, 3, 6, 8\)"):
         guided(**empty)
 
 
@@ -262,10 +281,10 @@ class Unpacks(nn.Module):
 
     def __init__(self, key):
         super().__init__()
-        self.inner_model, self.key = make_denoiser(), key
+        self.inner_model, self.key = Model(), key
 
     def forward(self, x, sigma, cond):
-        return self.inner_model(x, sigma, mapping_cond=cond[self.key])
+        return self.inner_model(x, sigma, text=cond[self.key])
 
 
 @pytest.mark.parametrize("key", ["a", 1, None, (0, 1)])
@@ -281,26 +300,26 @@ def test_dict_keys_of_mixed_types_are_taken(expected, key, batch_cond):
 
 def test_keywords_that_are_no_strings_are_a_clear_error():
     good = good_call()
-    good["cond"], good["uncond"] = ({"mapping_cond": good[side], 1: good[side]} for side in ("cond", "uncond"))
+    good["cond"], good["uncond"] = ({"text": good[side], 1: good[side]} for side in ("cond", "uncond"))
     with pytest.raises(TypeError, match="1"):
-        wrap(make_denoiser(), cond_key=None)(**good)
+        wrap(Model(), cond_key=None)(**good)
 
 
 def test_cond_given_twice_is_a_clear_error_in_a_dict_of_keywords():
     good = good_call()
     cond = good["cond"]
-    good["cond"], good["uncond"] = ({"mapping_cond": good[side]} for side in ("cond", "uncond"))
-    guided = wrap(make_denoiser(), cond_key=None)
+    good["cond"], good["uncond"] = ({"text": good[side]} for side in ("cond", "uncond"))
+    guided = wrap(Model(), cond_key=None)
     result = guided(**good)
-    with pytest.raises(TypeError, match="mapping_cond came twice"):
-        guided(**good, mapping_cond=cond)
+    with pytest.raises(TypeError, match="text came twice"):
+        guided(**good, text=cond)
     assert torch.equal(guided(**good), result)
 
 
 def test_a_conditioning_may_come_as_a_keyword_alone(guided):
     good = good_call()
     given = {"x": good["x"], "sigma": good["sigma"]}
-    assert torch.equal(guided(**given, mapping_cond=good["cond"]), guided(**given, cond=good["cond"]))
+    assert torch.equal(guided(**given, text=good["cond"]), guided(**given, cond=good["cond"]))
 
 
 # sigma_range and a batch of mixed sigmas
@@ -323,12 +342,12 @@ def test_a_conditioning_may_come_as_a_keyword_alone(guided):
 @pytest.mark.parametrize("options", [{}, {"batch_cond": False}, {"cfg_rule": cfg.rescale(0.7)}], ids=["", "apart", "rescale"])
 def test_each_sample_is_guided_by_its_own_sigma(sigma_range, inside, options):
     call = {**good_call(4), "sigma": torch.tensor([0.5, 1.0, 3.0, 9.0])}
-    with wrap(make_denoiser(), **options) as everywhere:
+    with wrap(Model(), **options) as everywhere:
         guided, plain = everywhere(**call), everywhere(**call, sag_scale=0.0)
         alone = [
             everywhere(**{name: v[i : i + 1] if isinstance(v, torch.Tensor) else v for name, v in call.items()}) for i in range(4)
         ]
-    with wrap(make_denoiser(), **options, sigma_range=sigma_range) as ranged:
+    with wrap(Model(), **options, sigma_range=sigma_range) as ranged:
         result = ranged(**call)
     for i in range(4):
         assert torch.equal(result[i], guided[i] if i in inside else plain[i])
@@ -339,7 +358,7 @@ def test_each_sample_is_guided_by_its_own_sigma(sigma_range, inside, options):
 def test_a_nan_outside_the_range_stays_with_its_sample():
     call = {**good_call(), "sigma": torch.tensor([3.0, 9.0])}
     call["x"][1] = math.nan
-    with wrap(make_denoiser(), sigma_range=(0.0, 4.0)) as ranged, wrap(make_denoiser()) as everywhere:
+    with wrap(Model(), sigma_range=(0.0, 4.0)) as ranged, wrap(Model()) as everywhere:
         result, expected = ranged(**call), everywhere(**call)
     assert torch.equal(result[0], expected[0]) and result[0].isfinite().all() and result[1].isnan().all()
 
@@ -349,11 +368,11 @@ class DivergesAboveFour(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner_model, self.passes = make_denoiser(), 0
+        self.inner_model, self.passes = Model(), 0
 
-    def forward(self, x, sigma, mapping_cond):
+    def forward(self, x, sigma, text):
         self.passes += 1
-        denoised = self.inner_model(x, sigma, mapping_cond=mapping_cond)
+        denoised = self.inner_model(x, sigma, text=text)
         diverges = (sigma > 4) & (self.passes % 2 == 0)
         return torch.where(diverges[:, None, None, None], math.nan, denoised)
 
@@ -362,7 +381,7 @@ def test_a_direction_that_is_not_wanted_is_left_out_whatever_it_is():
     call = {**good_call(), "sigma": torch.tensor([3.0, 9.0])}
     with wrap(DivergesAboveFour()) as everywhere, wrap(DivergesAboveFour(), sigma_range=(0.0, 4.0)) as ranged:
         guided, result = everywhere(**call), ranged(**call)
-    with wrap(make_denoiser()) as other:
+    with wrap(Model()) as other:
         plain = other(**call, sag_scale=0.0)
     assert guided[1].isnan().all()
     assert torch.equal(result[0], guided[0]) and torch.equal(result[1], plain[1])
@@ -375,22 +394,47 @@ def test_the_signatures_the_repr_and_the_record_agree(guided):
     init = inspect.signature(ksag.SAGDenoiser.__init__).parameters
     assert [name for name in init if name in PARAMETERS] == list(PARAMETERS)
     assert set(init) - set(PARAMETERS) == {"self", "inner_model", "attention", "check_attention"}
-    forward = inspect.signature(ksag.SAGDenoiser.forward).parameters
-    assert tuple(name for name, p in forward.items() if p.kind is p.KEYWORD_ONLY) == PER_CALL
-    assert all(forward[name].default is None for name in PER_CALL)
+    assert tuple(ksag.SAG.keywords) == PER_CALL
     shown = repr(guided)
     for name in PARAMETERS:
-        value = "'plain'" if name == "cfg_rule" else repr(getattr(guided, name))
+        value = "plain" if name == "cfg_rule" else repr(getattr(guided, name))
         assert f"{name}={value}" in shown and f"<td>{name}</td>" in guided._repr_html_()
     assert [part.partition("=")[0] for part in shown.split("(", 1)[1].split(", ") if "=" in part] == ["attention", *PARAMETERS]
 
 
 def test_the_defaults_are_good_values_and_documented():
+    documents = "".join(cls.__doc__ for cls in (ksag.SAGDenoiser, ksag.GuidedDenoiser, ksag.SAG, ksag.Direction))
     for name, parameter in PARAMETERS.items():
         default = inspect.signature(ksag.SAGDenoiser.__init__).parameters[name].default
         assert parameter.check(default) == default
-        assert f"        {name}:" in ksag.SAGDenoiser.__doc__
+        assert re.search(rf"^ +(\w+, )*{name}(, \w+)*: ", documents, re.M), name
     assert tuple(name for name, parameter in PARAMETERS.items() if parameter.per_call) == PER_CALL
+
+
+OF_A_DIRECTION = [
+    *[("scale", value, "scale " + message) for value, message in NOT_NUMBERS if not isinstance(value, torch.Tensor)],
+    ("scale", torch.ones(2, 1), r"scale must be a number, got a tensor of shape \(2, 1\)"),
+    ("scale", nn.Parameter(torch.ones(2)), "got an nn.Parameter: give its .detach"),
+    ("sigma_range", (5.0, 1.0), r"got \(5.0, 1.0\): give \(1.0, 5.0\)\?"),
+    ("every", 0, "n = 1 or more, got the int 0"),
+    ("blur_sigma", math.nan, "blur_sigma is a standard deviation in tokens, .* got nan"),
+    ("blur_sigma", -1.0, "got -1.0"),
+    ("blur_sigma", "wide", "must be a number, got the str 'wide'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), OF_A_DIRECTION)
+@pytest.mark.parametrize("cls", [ksag.PAG, ksag.SEG])
+def test_malformed_settings_of_a_direction(cls, name, value, message):
+    direction = cls()
+    if not hasattr(direction, name):
+        return
+    before = getattr(direction, name)
+    with pytest.raises(ValueError, match=message):
+        cls(**{name: value})
+    with pytest.raises(ValueError, match=message):
+        setattr(direction, name, value)
+    assert getattr(direction, name) is before
 
 
 def test_a_long_value_is_cut_in_its_error():

@@ -1,4 +1,4 @@
-"""Every sampler of k-diffusion takes a SAGDenoiser as it takes any model."""
+"""Every sampler of k-diffusion takes a guided denoiser as it takes any model."""
 
 import inspect
 
@@ -9,8 +9,7 @@ from torch import nn
 
 import ksag
 from ksag.samplers import SAMPLERS, sample
-from tests import reference
-from tests.models import inputs
+from tests import forms, reference
 
 EXPECTED_SAMPLERS = {
     "euler", "euler_ancestral", "heun", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral",
@@ -18,8 +17,13 @@ EXPECTED_SAMPLERS = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def denoiser():
+    return forms.tiny()
+
+
 class Reference(nn.Module):
-    """The design's seven steps, computed independently, as a model for the same samplers."""
+    """SAG's steps, computed independently, as a model for the same samplers."""
 
     def __init__(self, denoiser):
         super().__init__()
@@ -27,9 +31,9 @@ class Reference(nn.Module):
 
     def forward(self, x, sigma, cond, uncond, cond_scale):
         def D(x, c):
-            return self.denoiser(x, sigma, mapping_cond=c)
+            return self.denoiser(x, sigma, c)
 
-        return reference.sag(D, x, cond, uncond, cond_scale, 0.5, 2.0, 9, grid=(6, 8)).to(x.dtype)
+        return reference.sag(D, x, cond, uncond, cond_scale, 0.5, 2.0, 5, grid=(6, 8)).to(x.dtype)
 
 
 def test_all_of_k_diffusions_samplers_are_named():
@@ -39,14 +43,13 @@ def test_all_of_k_diffusions_samplers_are_named():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampler_gives_the_image_of_the_reference(denoiser, sampler):
-    _, _, cond, uncond = inputs()
+    _, args = forms.latents()
     sigmas = K.sampling.get_sigmas_karras(6, 0.05, 10.0)
-    args = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
-    guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
+    guided = ksag.SAGDenoiser(denoiser, blur_kernel_size=5)
     with guided.trace() as steps:
-        result = sample(sampler, guided, (3, 12, 16), sigmas, [0, 1], args)
-    expected = sample(sampler, Reference(denoiser), (3, 12, 16), sigmas, [0, 1], args)
-    unguided = sample(sampler, guided, (3, 12, 16), sigmas, [0, 1], {**args, "sag_scale": 0.0})
+        result = sample(sampler, guided, (3, 6, 8), sigmas, [0, 1], args)
+    expected = sample(sampler, Reference(denoiser), (3, 6, 8), sigmas, [0, 1], args)
+    unguided = sample(sampler, guided, (3, 6, 8), sigmas, [0, 1], {**args, "sag_scale": 0.0})
     assert len(steps) >= 5
     # A token whose saliency is the threshold to rounding may fall on either side; none does here
     assert (result - expected).norm() / expected.norm() < 1e-4
@@ -71,19 +74,35 @@ def test_dpm_fast_makes_as_many_calls_as_there_are_steps(denoiser):
     denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
     for steps in 2, 3, 7:
         calls.clear()
-        sample("dpm_fast", denoiser, (3, 12, 12), K.sampling.get_sigmas_karras(steps, 0.05, 10.0), [0])
+        sample("dpm_fast", denoiser, (3, 6, 8), K.sampling.get_sigmas_karras(steps, 0.05, 10.0), [0])
         assert len(calls) == steps
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_is_kept_from_call_to_call_is_kept_for_a_whole_run(denoiser, sampler):
+    """Under every sampler, one pass acts at each call but the first, and every other direction at all of them."""
+    _, args = forms.latents()
+    count = []
+    handle = denoiser.register_forward_pre_hook(lambda *_: count.append(1))
+    guided = forms.wrap("SAG in one pass, PAG and SEG", denoiser)
+    sigmas = K.sampling.get_sigmas_karras(6, 0.05, 10.0)
+    with guided.trace() as steps:
+        sample(sampler, guided, (3, 6, 8), sigmas, [0, 1], args)
+    handle.remove()
+    assert [step.name for step in steps] == ["SAG", "PAG", "SEG"] * len(count)
+    acts = [bool(step.direction.any()) for step in steps if step.name == "SAG"]
+    assert acts == [False] + [True] * (len(count) - 1)
 
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "dpm_adaptive"])
 def test_the_same_seed_gives_the_same_image_in_any_batch(denoiser, sampler):
-    _, _, cond, uncond = inputs(3)
+    _, args = forms.latents(3)
     sigmas = K.sampling.get_sigmas_karras(5, 0.05, 10.0)
-    guided = ksag.SAGDenoiser(denoiser, cond_key="mapping_cond")
+    guided = forms.wrap("SAG in one pass, PAG and SEG", denoiser)
 
     def images(seeds, rows):
-        args = {"cond": cond[rows], "uncond": uncond[rows], "cond_scale": 2.0}
-        return sample(sampler, guided, (3, 12, 12), sigmas, seeds, args)
+        of_rows = {name: value[rows] if name != "cond_scale" else value for name, value in args.items()}
+        return sample(sampler, guided, (3, 6, 8), sigmas, seeds, of_rows)
 
     together = images([7, 8, 9], slice(0, 3))
     assert torch.equal(images([7, 8, 9], slice(0, 3)), together)
@@ -92,8 +111,8 @@ def test_the_same_seed_gives_the_same_image_in_any_batch(denoiser, sampler):
 
 
 def test_log_likelihood_differentiates_through_the_guidance(denoiser):
-    x = inputs(2, (12, 12))[0] * 0.1
-    guided = ksag.SAGDenoiser(denoiser, 0.5, cond_key="mapping_cond")
+    x = forms.latents()[0] * 0.1
+    guided = ksag.SAGDenoiser(denoiser, 0.5, blur_kernel_size=5)
     results = []
     for scale in 0.5, 0.0:
         torch.manual_seed(0)
