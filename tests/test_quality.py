@@ -1,4 +1,4 @@
-"""The evidence: the pages say what the raw rows say, the benchmark goes on where it was stopped, and what judges is whole."""
+"""The evidence: the benchmark resumes and follows its own rules, and the bundled classifier is intact."""
 
 import dataclasses
 import importlib
@@ -7,19 +7,20 @@ import json
 import math
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import click
 import pytest
 import quality
-import quality_table
+import quality_plan
 import torch
 from click.core import ParameterSource
 from PIL import Image
+from quality_rows import Row, append_result, frozen, load_results
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
@@ -29,246 +30,86 @@ from ksag.evaluate import features
 from tests.commands import invoke, save_small_model
 from tests.emoji_packages import ROOT, make_data
 
-ROWS = [json.loads(line) for line in (ROOT / "benchmarks/quality.jsonl").read_text().splitlines()]
-CHOICE = json.loads((ROOT / "benchmarks/quality_choice.json").read_text())
-TABLES = (ROOT / "docs/quality.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
 PAGE = (ROOT / "docs/evaluate.md").read_text()
-CHOSEN = CHOICE["settings"]
-LATE, BESIDE_3 = CHOICE["sag_scale in one pass"], CHOICE["sag_scale beside cond_scale 3.0"]
-WITH_THE_LAST_STEP = {**CHOSEN, "sigma_range": [0.3, 12.0]}
-TWO = {**CHOSEN, "sag_scale": 2.0}
-USUAL = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
-
-
-# The tables
-
-
-def found(measure="fd", judge=0, schedule=CHOICE["schedule"], sag=None, sampler="euler", **wanted):
-    """A measure of rows of the report, one for each set of seeds, by a plain search through the raw lines."""
-    wanted = {"cond_scale": None, "steps": quality.STEPS[sampler], "n": 5000, "dtype": "float16", "sampler": sampler, **wanted}
-    return [
-        list(r["measures"].values())[judge][measure]
-        for r in sorted(ROWS, key=lambda r: r["row"]["seeds"])
-        if dict(r["row"]["schedule"]) == schedule and (r["row"]["sag"] and dict(r["row"]["sag"])) == sag
-        and r["row"]["seeds"] in quality.REPORT_SEEDS and all(r["row"][k] == v for k, v in wanted.items())
-    ]  # fmt: skip
-
-
-def ratios(sag=CHOSEN, **wanted):
-    return [guided / plain for plain, guided in zip(found(**wanted), found(sag=sag, **wanted), strict=False)]
-
-
-def ratio(sag=CHOSEN, **wanted):
-    return statistics.mean(ratios(sag, **wanted))
-
-
-def kept(form, **wanted):
-    """The share of exact SAG's gain that a cheaper form keeps, in %, by either judge."""
-    shares = []
-    for judge in (0, 1):
-        plain, exact, cheaper = (found(judge=judge, sag=sag, seeds=2, **wanted)[0] for sag in (None, CHOSEN, {**CHOSEN, **form}))
-        shares.append(round(100 * (plain - cheaper) / (plain - exact)))
-    return shares
-
-
-def test_the_tables_are_those_of_the_rows():
-    assert quality_table.report(*quality_table.load(ROOT / "benchmarks")) == (ROOT / "docs/quality.md").read_text()
-
-
-def test_the_tables_have_what_a_plain_search_finds():
-    for sampler in ("euler", "dpmpp_2m"):
-        both = (ratios(sampler=sampler, judge=judge) for judge in (0, 1))
-        cells = (f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in both if len(x) == 3)
-        assert "| **SAG over plain** | " + " | ".join(f"**{cell}**" for cell in cells) + " | **" in TABLES
-    for sag in (CHOSEN, WITH_THE_LAST_STEP):
-        heun = ratio(sag, sampler="heun")
-        assert re.search(rf"\| heun, 16 steps \| [\d.]+ \| [\d.]+ \| \*\*{heun:.3f}\*\* \|", TABLES)
-
-
-def test_the_page_says_what_the_rows_say():
-    """The sentences of "What SAG does for the bundled model"."""
-    text = " ".join(PAGE.split())
-    euler, second = (ratio(judge=judge) for judge in (0, 1))
-    assert f"SAG takes FD to {euler:.2f} of plain's, by the second judge to {second:.2f}, at 1.4 times" in text
-    assert "| **1.417** |" in TABLES
-    ends = [statistics.mean(fds) for fds in (found(), found(sag=CHOSEN), found(steps=32), found(steps=64))]
-    assert "from {:.1f} to {:.1f}. Plain `euler` has {:.1f} at 32 steps and {:.1f} at 64".format(*ends) in text
-    recalls = [statistics.mean(found("recall", sag=sag)) for sag in (None, CHOSEN)]
-    assert "Recall rises from {:.2f} to {:.2f}; precision stays".format(*recalls) in text
-    most = [ratio(sampler=s) for s in ("euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde")]
-    assert (
-        "{:.2f} with `euler_ancestral`, {:.2f} with `dpmpp_2s_ancestral`, {:.2f} with `dpmpp_sde`, {:.2f} with `dpmpp_2m_sde`"
-    ).format(*most) in text
-    dpmpp = [ratio(sampler="dpmpp_2m", judge=judge) for judge in (0, 1)]
-    assert "gains less: {:.2f}, by the second judge {:.2f}".format(*dpmpp) in text
-    longer = (statistics.mean(found(sampler="dpmpp_2m", steps=steps)) for steps in (24, 64))
-    assert "64 steps take plain `dpmpp_2m` from {:.1f} to {:.1f}".format(*longer) in text
-    near, second = ([ratio(judge=j, sampler=s) for s in ("heun", "dpm_2", "dpm_fast", "dpm_adaptive")] for j in (0, 1))
-    assert f"as near to the end, it is {min(near):.2f} to {max(near):.2f}" in text
-    assert f"nothing by the second judge ({min(second):.2f} to {max(second):.2f})" in text
-    lms = ratio(sampler="lms")
-    assert f"`lms` must not be used with it: {lms:.2f}" in text
-    parameters = " ".join((ROOT / "docs/parameters.md").read_text().split())
-    assert f"({lms:.0f} times plain's distance)" in parameters
-    by_category = {scale: [ratio(sampler=s, cond_scale=scale) for s in ("euler", "dpmpp_2m")] for scale in (1.0, 1.5, 3.0)}
-    assert "By category: {:.2f} with `euler`, {:.2f} with `dpmpp_2m`".format(*by_category[1.0]) in text
-    (e, d), (e3, d3) = by_category[1.5], by_category[3.0]
-    assert f"{e:.2f} and {e3:.2f} with `euler`, and {d:.2f} and {d3:.2f} with `dpmpp_2m`" in text
-    assert max(*by_category[1.0], e, d, e3, d3) < 1  # never worse than plain
-    half = [ratio({**CHOSEN, "sag_scale": BESIDE_3}, sampler=s, cond_scale=3.0) for s in ("euler", "dpmpp_2m")]
-    assert "`cond_scale=3`, it is {:.2f} and {:.2f}".format(*half) in text
-    assert "`sag_scale={}` | `euler`: {:.2f}, `dpmpp_2m`: {:.2f} |".format(BESIDE_3, *half) in parameters
-    assert f"`euler`: {euler:.2f} of plain's Fréchet distance, `dpmpp_2m`: {dpmpp[0]:.2f} |" in parameters
-    assert f"gains little ({dpmpp[0]:.2f} to {max(near):.2f})" in parameters
-    two = ratio(TWO), ratio(TWO, sampler="dpmpp_2m"), ratio(TWO, sampler="dpmpp_2m", cond_scale=1.5)
-    assert "more with `euler`, {:.2f}, and less with `dpmpp_2m`, {:.2f}, and there it harms beside CFG: {:.2f}".format(*two) in text
-
-
-def test_the_readme_says_what_the_samplers_gain():
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    shares = {s: ratio(sampler=s) for s in quality.STEPS if s != "lms"}
-    least, most = (choice(shares, key=shares.get) for choice in (max, min))
-    assert f"from {shares[most]:.2f} of plain's distance (`{most}`) to {shares[least]:.2f} (`{least}`)" in readme
-
-
-def test_the_page_says_what_the_last_step_does():
-    text, parameters = (" ".join((ROOT / "docs" / page).read_text().split()) for page in ("evaluate.md", "parameters.md"))
-    shares = {s: ratio(WITH_THE_LAST_STEP, sampler=s) for s in quality.STEPS}
-    assert (
-        "{euler:.2f} with `euler`, {dpmpp_2m:.2f} with `dpmpp_2m`, {dpmpp_2m_sde:.2f} with `dpmpp_2m_sde`".format(**shares) in text
-    )
-    assert "`euler`: {euler:.2f}, `dpmpp_2m`: {dpmpp_2m:.2f} |".format(**shares) in parameters
-    assert f"never worse than plain but with `lms` ({shares.pop('lms'):.2f})" in text and max(shares.values()) < 1
-    beside = [ratio(WITH_THE_LAST_STEP, sampler=s, cond_scale=scale) for s in ("euler", "dpmpp_2m") for scale in (1.0, 1.5, 3.0)]
-    assert f"beside CFG {min(beside):.2f} to {max(beside):.2f}" in text
-    assert CHOICE["schedule"]["sigma_min"] > 0.3  # so that (0.3, 12) is (0, 12)
-    sde, ancestral = (
-        [found(schedule=USUAL, sampler=s)[0], found(sag=CHOSEN, sampler=s)[0]] for s in ("dpmpp_2m_sde", "dpm_2_ancestral")
-    )
-    assert "({:.2f}), SAG's {:.2f} is {:.2f}".format(*sde, sde[1] / sde[0]) in text
-    assert "is lower there ({:.2f}) than with SAG here ({:.2f})".format(*ancestral) in text
-
-
-def test_the_parameters_page_says_what_was_tried():
-    text = " ".join((ROOT / "docs/parameters.md").read_text().split())
-    layers = [float(line.split("|")[3]) for line in TABLES.splitlines() if line.startswith("| `inner_model")]
-    assert len(layers) == 8
-    assert f"`euler` has {min(layers):.2f} of plain's distance with the best one and {max(layers):.2f} with the worst" in text
-    strengths = {}
-    for sampler in ("euler", "dpmpp_2m"):
-        row = re.search(rf"\| {sampler}, 24 steps, unconditional \|([\d.| ]+)\|", TABLES)
-        strengths[sampler] = [float(cell) for cell in row[1].split("|") if cell.strip()]
-    assert strengths["euler"][-1] == min(strengths["euler"]) and "`euler` gains more up to 2.8, the most that was tried" in text
-    assert strengths["dpmpp_2m"] == sorted(strengths["dpmpp_2m"]) and 0.99 < strengths["dpmpp_2m"][-1] < 1.01
-    assert "gains most at 1 to 1.4, and nothing at 2.8" in text
-    line = next(line for line in TABLES.splitlines() if line.startswith("| dpm_adaptive"))
-    assert (
-        float(line.split("×")[1].strip(" |")) == pytest.approx(2.6, abs=0.051) and "`dpm_adaptive` takes 2.6 times as long" in text
-    )
-
-
-def test_the_page_says_what_the_cheaper_forms_keep():
-    text, parameters = (" ".join((ROOT / "docs" / page).read_text().split()) for page in ("evaluate.md", "parameters.md"))
-    one, two, strong = {"one_pass": True}, {"every": 2}, {"one_pass": True, "sag_scale": LATE}
-    cases = [
-        {"sampler": "euler"}, {"sampler": "dpmpp_2m"}, {"sampler": "euler_ancestral"}, {"sampler": "dpmpp_2m_sde"},
-        {"sampler": "dpmpp_2m", "steps": 12},
-    ]  # fmt: skip
-    one_, two_, strong_, both_ = ([kept(form, **case)[0] for case in cases] for form in (one, two, strong, strong | two))
-    assert (
-        f"`one_pass` keeps {one_[0]} % of exact SAG's gain with `euler`, {one_[2]} % with `euler_ancestral`, and {one_[3]} % with"
-        in text
-    )
-    assert f"`every=2` {two_[0]}, {two_[2]} and {two_[3]} %" in text
-    assert (
-        f"it keeps {strong_[0]}, {strong_[2]} and {strong_[3]} %, and with `every=2` {both_[0]}, {both_[2]} and {both_[3]} %"
-        in text
-    )
-    by_category = (kept(form, sampler="dpmpp_2m", cond_scale=1.0)[0] for form in (strong, strong | two))
-    assert "with `dpmpp_2m`, these keep {} and {} %".format(*by_category) in text
-    assert f"`one_pass` at `sag_scale={LATE}` keeps {strong_[4]} %, `every=2` {two_[4]} %, and both {both_[4]} %" in text
-    little = [{"sampler": "dpmpp_2m", "steps": 48}, {"sampler": "heun"}]
-    left = [[ratio({**CHOSEN, **form}, seeds=2, **case) for case in little] for form in (strong, {}, one)]
-    assert (
-        "too much: {:.2f} and {:.2f} of plain's distance, where exact SAG has {:.2f} and {:.2f}, and one pass at its".format(
-            *left[0], *left[1]
-        )
-        in text
-    )
-    assert "at its strength, 1.4, has {:.2f} and {:.2f}".format(*left[2]) in text
-    assert f"1.4 times as large: {LATE} for the bundled model" in parameters and round(1.4 * CHOSEN["sag_scale"], 3) == LATE
-    names = {
-        "`one_pass=True`": one,
-        "`one_pass=True`, 1.4 times as strong": strong,
-        "`every=2`": two,
-        "both, 1.4 times as strong": strong | two,
-        "`one_pass=True, every=3`, 1.4 times as strong": strong | {"every": 3},
-    }
-    in_order = [cases[i] for i in (0, 1, 4, 2)]
-    for name, form in names.items():
-        cells = " | ".join(f"{kept(form, **case)[0]} %" for case in in_order)
-        assert re.search(rf"\| {re.escape(name)} \| (\d\.\d\d )?{re.escape(f'| {cells} |')}", parameters), name
-
-
-def test_the_tables_of_one_judge_and_a_few_rows():
-    """As a user's own run makes them, without the second judge."""
-    few = [{**r, "measures": dict([next(iter(r["measures"].items()))])} for r in ROWS if r["row"]["sampler"] == "euler"]
-    results = {quality.Row.of(r): r for r in few}
-    text = quality_table.report(results, CHOICE)
-    assert "second judge |" not in text and "| euler, 64 steps |" in text and "dpmpp_2m, 24" not in text
+SAG = ("SAG", frozen({"attention": "d_blocks.3.2", "scale": 1.0}))
+PAG = ("PAG", frozen({"attention": ["d_blocks.3.2", "d_blocks.3.4"], "scale": 1.0, "sigma_range": (0.4, 40.0)}))
+SHORT = Row(steps=3, n=4)
 
 
 # The benchmark
-
-
-def test_what_was_chosen_is_what_is_recommended():
-    assert {**CHOSEN, "sigma_range": tuple(CHOSEN["sigma_range"])} == zoo.SETTINGS and CHOICE["schedule"] == quality.SCHEDULE
-    model = zoo.load_config()["model"]
-    assert {name: model[name] for name in ("sigma_min", "sigma_max")} == {k: v for k, v in CHOICE["schedule"].items() if k != "rho"}
-
-
-def test_what_was_chosen_follows_from_the_rows(bench, monkeypatch):
-    """Again from all that was measured, and by its own rules, but that nothing is measured anew."""
-    (bench.out / "quality.jsonl").write_text((ROOT / "benchmarks/quality.jsonl").read_text())
-    monkeypatch.setattr(bench, "measure", lambda row: pytest.fail(f"not measured: {quality.describe(row)}"))
-    quality.choose(bench, 1000)
-    assert json.loads((bench.out / "quality_choice.json").read_text()) == CHOICE
-
-
-def test_settings_are_chosen_on_other_seeds_than_reported():
-    rows = quality.report_rows(CHOICE)
-    assert quality.CHOICE_SEEDS not in {row.seeds for row in rows} == set(quality.REPORT_SEEDS)
-    assert {row.sampler for row in rows} == quality.STEPS.keys()
-    assert all(row.plain in rows for row in rows if row.sag is not None)
 
 
 @pytest.fixture
 def bench(tmp_path):
     ((judge, reference),), shares = quality.load_judges([features.CLASSIFIER.parent], torch.device("cpu"))
     judges = [(judge, dataclasses.replace(reference, features=reference.features[:200]))]  # all only take longer
-    return quality.Bench(tmp_path, torch.device("cpu"), zoo.EMOJI, judges, shares, 4, math.inf, 0, 1, compiled=None)
+    return quality.Bench(tmp_path, torch.device("cpu"), judges, shares, batch=4)
 
 
-SHORT = quality.Row(steps=2, n=4)
-SHORT_SAG = quality.Row(steps=2, n=4, sag=quality.frozen(zoo.SETTINGS | {"sigma_range": (0.0, math.inf)}))
+def guided(*directions, **row):
+    return dataclasses.replace(SHORT, directions=directions, **row)
+
+
+def test_a_row_survives_its_file(tmp_path):
+    row = guided(SAG, PAG, cond_scale=1.5, schedule=())
+    append_result(tmp_path / "quality.jsonl", {"row": json.loads(row.key)})
+    (found,) = load_results(tmp_path / "quality.jsonl").values()
+    assert Row.of(found) == row and Row.of(found).key == row.key
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        SHORT,
+        guided(SAG, cond_scale=1.5),
+        guided(PAG, sampler="heun"),
+        guided((SAG[0], frozen({**dict(SAG[1]), "one_pass": True})), PAG),
+        guided((PAG[0], frozen({**dict(PAG[1]), "every": 2})), steps=4),
+    ],
+    ids=["plain", "CFG", "heun", "one pass", "every 2"],
+)
+def test_evaluations_are_counted_as_expected(bench, row):
+    x, seconds, evaluations = bench.sample(dataclasses.replace(row, n=2))
+    about = 0.5 if row.sampler == "heun" else 0  # half of its calls are at the next sigma
+    assert abs(evaluations - row.evaluations) <= about and len(seconds) == 1 and x.isfinite().all()
+    assert row.equal.evaluations == pytest.approx(row.evaluations, abs=1)
+
+
+def test_the_network_in_pieces_samples_the_same(bench):
+    row = guided(SAG, PAG, n=2, steps=2)
+    whole, *_ = bench.sample(row)
+    plain, *_ = bench.sample(row.plain)
+    bench.models["emoji"].piece = 3
+    pieces, _, evaluations = bench.sample(row)
+    assert evaluations == row.evaluations
+    torch.testing.assert_close(pieces, whole, atol=1e-3, rtol=1e-3)
+    assert (plain - whole).abs().max() > 0.1
+
+
+def test_only_blocks_without_hooks_are_compiled(bench, monkeypatch):
+    row = guided(SAG, n=2, steps=2)
+    expected, *_ = bench.sample(row)
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: lambda *args, **kwargs: forward(*args, **kwargs))
+    model = bench.models["emoji"]
+    bench.compiled = True
+    found, *_ = bench.sample(row)
+    assert torch.equal(found, expected)
+    compiled = {path for path, module in model.network.named_modules() if path and "forward" in vars(module)}
+    assert {"u_net.d_blocks.3.1", "u_net.d_blocks.3.4.norm_in"} <= compiled and "u_net.d_blocks.3.2.norm_in" not in compiled
 
 
 def test_the_benchmark_goes_on_where_it_was_killed(bench, monkeypatch):
-    first = bench.run([SHORT])[SHORT.key]
+    first = bench.run([SHORT])[SHORT]
     path = bench.out / "quality.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:50])  # killed while it wrote the next row
     measured, measure = [], bench.measure
     monkeypatch.setattr(bench, "measure", lambda row: measured.append(row) or measure(row))
-    results = bench.run([SHORT, SHORT_SAG])
-    assert measured == [SHORT_SAG] and results[SHORT.key] == first
-    assert quality.load_results(path) == results
-    guided = results[SHORT_SAG.key]
-    assert (first["evaluations"], guided["evaluations"]) == (2, 4) and not guided["not_finite"]
-    assert guided["measures"] != first["measures"]
-    assert quality.Row.of(guided) == SHORT_SAG
-    again = measure(SHORT)
-    assert again["measures"] == first["measures"]  # a set of seeds is the same noise
+    results = bench.run([SHORT, guided(PAG)])
+    assert measured == [guided(PAG)] and results[SHORT] == first
+    assert [Row.of(result) for result in load_results(path).values()] == [*results]
+    assert results[guided(PAG)]["measures"] != first["measures"] and not first["not_finite"]
+    assert measure(SHORT)["measures"] == first["measures"]  # a set of seeds is the same noise
 
 
 def test_the_benchmark_stops_in_time_and_keeps_whole_rows_only(bench):
@@ -278,6 +119,97 @@ def test_the_benchmark_stops_in_time_and_keeps_whole_rows_only(bench):
     with pytest.raises(quality.OutOfTime):
         bench.measure(SHORT)
     assert not bench.results()
+
+
+# The choice
+
+
+def measured(bench, monkeypatch, fd):
+    """A bench whose rows have the FD that a function of them says; the rows that were measured are counted."""
+    counts = Counter()
+
+    def measure(row):
+        counts[row] += 1
+        measures = {bench.judges[0][0].name: {"fd": fd(row)}}
+        return {"row": json.loads(row.key), "measures": measures, "evaluations": row.evaluations, "seconds": [1.0]}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    return counts
+
+
+def by_scale(row):
+    """Falls with the evaluations alone, but that PAG on one layer is better, and best at a scale of 1.4."""
+    fd = 100 / row.evaluations
+    for name, settings in row.directions:
+        if name == "PAG" and dict(settings)["attention"] == "u_blocks.1.1":
+            fd *= 0.5 + abs(dict(settings)["scale"] - 1.4)
+    return fd
+
+
+def test_the_best_setting_at_equal_evaluations_is_chosen(bench, monkeypatch):
+    counts = measured(bench, monkeypatch, by_scale)
+    choice = quality_plan.choose(bench, ["emoji"], n=4, tries=6)["emoji"]
+    assert json.loads((bench.out / "quality_choice.json").read_text()) == json.loads(json.dumps({"emoji": choice}))
+    assert choice["methods"].keys() == set(quality_plan.METHODS)
+    assert {row.seeds for row in counts} == {quality_plan.CHOICE_SEEDS} and set(counts.values()) == {1}
+    found = choice["methods"]["PAG"]
+    ((_, settings),) = found["directions"]
+    assert dict(settings)["attention"] == "u_blocks.1.1" and dict(settings)["scale"] == 1.4
+    assert found["score"] == pytest.approx(math.log(0.5), abs=0.02)
+    assert choice["methods"]["SEG"]["score"] == pytest.approx(0, abs=0.02)  # the evaluations explain all of its gain
+    assert {method["tried"] for method in choice["methods"].values()} == {6}
+    quality_plan.choose(bench, ["emoji"], n=4, tries=6)
+    assert set(counts.values()) == {1}  # nothing is measured again
+
+
+def test_the_best_schedule_of_plain_sampling_is_chosen(bench, monkeypatch):
+    measured(bench, monkeypatch, lambda row: 2.0 if not row.schedule else abs(dict(row.schedule)["sigma_min"] - 0.12) + 1)
+    choice = quality_plan.choose(bench, ["emoji-flow"], n=4, tries=3)["emoji-flow"]
+    assert choice["schedule"]["sigma_min"] == 0.12
+    assert {method["tried"] for method in choice["methods"].values()} == {3}
+
+
+def test_a_choice_that_runs_out_of_time_keeps_what_it_has(bench, monkeypatch):
+    def fd(row):
+        if len(row.directions) == 2:
+            raise quality.OutOfTime
+        return by_scale(row)
+
+    measured(bench, monkeypatch, fd)
+    with pytest.raises(quality.OutOfTime):
+        quality_plan.choose(bench, ["emoji"], n=4, tries=3)
+    choice = quality_plan.load_choice(bench.out)
+    assert choice["emoji"]["methods"].keys() == set(quality_plan.METHODS) - {"SAG + PAG"}
+    assert quality_plan.report_rows(choice)
+
+
+def some_choice():
+    choice = {}
+    for model in quality_plan.STARTS:
+        best = {}
+        for method in quality_plan.METHODS:
+            best[method] = quality_plan.starts(model, method, best)[0]
+        methods = {name: {"directions": one, "score": -i} for i, (name, one) in enumerate(best.items())}
+        choice[model] = {"schedule": quality_plan.SCHEDULES[model][-1], "methods": methods}
+    return choice
+
+
+def test_the_report_has_plain_beside_every_guided_row():
+    rows = quality_plan.report_rows(some_choice())
+    assert quality_plan.CHOICE_SEEDS not in {row.seeds for row in rows} == set(quality_plan.REPORT_SEEDS)
+    assert {row.sampler for row in rows} == set(quality_plan.SAMPLERS)
+    assert all(row.plain in rows for row in rows if row.directions and row.steps <= 64)
+    at_24 = [row for row in rows if row.directions and row.n > 2000]
+    assert all(row.equal in rows for row in at_24) and len(at_24) == 2 * 2 * 3 * 6
+    first = rows[: len(rows) // 10]
+    assert {row.model for row in first} == {"emoji", "emoji-flow"} and {row.steps for row in first if row.directions} == {24}
+
+
+def test_the_settings_to_start_from_name_layers_of_the_models():
+    layers = {name for name, _ in zoo.load().named_modules()}
+    for row in (dataclasses.replace(SHORT, directions=way) for way in quality_plan.methods_of(some_choice()["emoji"]).values()):
+        for layer in quality.layers_of(row):
+            assert f"inner_model.u_net.{layer}" in layers
 
 
 # The classifier
@@ -308,7 +240,7 @@ def decoded(png):
 
 
 def test_the_bundled_features_notice_damage(drawn):
-    extractor = features.load("emoji")
+    extractor = features.load_extractor("emoji")
     original, reals = extractor(drawn), features.to_reals(drawn)
 
     def moved(damaged):
@@ -326,10 +258,10 @@ def test_the_bundled_features_notice_damage(drawn):
 
 
 def test_what_is_shipped_is_whole_and_small():
-    classifier, metadata = features.read(features.CLASSIFIER)
+    classifier, metadata = zoo.files.read(features.CLASSIFIER)
     reference = evaluate.load_statistics()
     assert sum(path.stat().st_size for path in (features.CLASSIFIER, evaluate.STATISTICS)) <= 4 * 2**20
-    assert reference.extractor == features.load("emoji").name == next(iter(ROWS[0]["measures"]))
+    assert reference.extractor == features.load_extractor("emoji").name
     assert reference.n == metadata["training"]["pictures"] == sum(metadata["training"]["categories"])
     assert (len(classifier["category.bias"]), len(classifier["style.bias"])) == (len(zoo.CATEGORIES), len(zoo.STYLES))
     assert torch.linalg.eigvalsh(reference.cov).min() > -1e-9
@@ -338,7 +270,7 @@ def test_what_is_shipped_is_whole_and_small():
 
 
 def test_the_page_says_what_the_classifier_reached():
-    training = features.read(features.CLASSIFIER)[1]["training"]
+    training = zoo.files.read(features.CLASSIFIER)[1]["training"]
     distances, accuracy = training["frechet_distances"], training["accuracy_held_out"]
     (rows,) = re.findall(r"\| \| FD \|\n\| --- \| --- \|\n((?:\|.*\n)+)", PAGE)
     names = ("nothing", "474 of training, to the rest", "474 held out, to all", "noise of 0.1", "blur of 1.0 pixels")
@@ -368,7 +300,7 @@ def trained(tmp_path_factory):
 
 def test_the_script_trains_a_classifier(trained):
     data, out = trained
-    metadata = features.read(out / "classifier.safetensors")[1]
+    metadata = zoo.files.read(out / "classifier.safetensors")[1]
     training = metadata["training"]
     assert (training["pictures"], training["held_out"]) == (32, 8)
     assert training["accuracy_training"]["category"] > 0.8  # by chance 1 of 5
@@ -400,7 +332,7 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for lin
 
 
 class Means(nn.Module):
-    """Stands for Inception, whose weights are not here: the mean of each colour, and the first pixel."""
+    """A replacement for Inception, whose weights are not available offline: the mean of each colour, and the first pixel."""
 
     def forward(self, pictures):
         return torch.cat([pictures.float().mean(dim=(2, 3)), pictures[:, :, 0, 0].float()], dim=1)
@@ -420,8 +352,10 @@ def test_the_pages_commands_and_python_run(tmp_path, monkeypatch, whose):
     if whose == "own":
         save_small_model("mine.safetensors")
         invoke("sample", "--weights", "mine.safetensors", "--n", 4, "--steps", 2, "--seed", 7, "--out", "photos", "--device", "cpu")
-        load = features.load
-        monkeypatch.setattr(features, "load", lambda name, *_: features.Extractor(name, Means()) if name != "emoji" else load(name))
+        load = features.load_extractor
+        monkeypatch.setattr(
+            features, "load_extractor", lambda name, *_: features.Extractor(name, Means()) if name != "emoji" else load(name)
+        )
     lines = [line for line in section.splitlines() if line.startswith("ksag ")]
     assert len(lines) == {"bundled": 3, "own": 4}[whose]
     for line in lines:
