@@ -426,7 +426,9 @@ def test_bad_weights(tmp_path):
     assert "from_single_file(" in output and "--pipeline folder" in output
     assert f"--pipeline {tmp_path}" not in output  # which would fail
     (tmp_path / "w.gguf").write_bytes(b"GGUF")
-    assert "w.gguf is not a .safetensors file" in bundled("--weights", tmp_path / "w.gguf", "--out", tmp_path / "x.png", code=1)
+    assert "w.gguf is damaged, or not a .safetensors file" in bundled(
+        "--weights", tmp_path / "w.gguf", "--out", tmp_path / "x.png", code=1
+    )
 
 
 UNET, VAE, TEXT = "model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.a", "cond_stage_model.a"
@@ -437,9 +439,6 @@ UNET, VAE, TEXT = "model.diffusion_model.input_blocks.0.0.weight", "first_stage_
     [
         ((UNET, VAE, TEXT), "w.safetensors is a checkpoint of Stable Diffusion: give --pipeline"),
         ((UNET, VAE), "is a checkpoint of Stable Diffusion"),
-        (("lora_unet_mid_block.lora_up.weight",), "w.safetensors is a LoRA, not a whole model. In Python, where MODEL"),
-        (("down_blocks.0.attentions.0.proj_in.weight",), "w.safetensors is a UNet alone"),
-        (("decoder.conv_in.weight",), "w.safetensors is a VAE alone"),
     ],
 )
 def test_weights_that_are_another_models_are_named(tmp_path, keys, message):
