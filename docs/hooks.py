@@ -52,10 +52,11 @@ def without_progress_bars(notebook: nbformat.NotebookNode) -> None:
 
 FIGURES = {
     "plot.compare(": "rows of samples, side by side",
-    "plot.trace(": "what SAG computed, a column for each of some steps",
+    "plot.trace(": "what each direction computed, a column for each of some steps",
     "plot.xyz(": "samples, a cell for each setting",
     "show(": "saliency over the pictures, layer by layer",
     "ax.plot(": "curves over sigma",
+    "explore(": "the widget's pictures, without the directions and with them",
 }
 
 
