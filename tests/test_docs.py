@@ -150,7 +150,7 @@ def test_the_figures_and_the_widget_work_on(which, tmp_path, monkeypatch):
     names = {"pipe": stable_diffusion(tmp_path), "denoiser": make_denoiser()}
     exec(compile(re.sub(r"karras\((16|24)|get_sigmas\(20", lambda found: found[0][:-2] + "4", code), "docs", "exec"), names)
     (widget,) = opened
-    assert widget.wait(120) and widget.result is not None and not widget._error.value
+    assert widget.wait(120) and widget.result is not None and not widget.error
     widget.close()
 
 
