@@ -1,8 +1,8 @@
-"""A seeded campaign of random cases: model × shape × dtype × nesting × settings × layer, against the steps in float64.
+"""A seeded campaign of random cases: model × shape × dtype × nesting × directions × settings × run, against float64.
 
 Cases of one scene share the model, the latent and the conditionings. `tests/test_campaign.py` runs some, `scripts/campaign.py` as
 many as you like. The attention is the one that the layer applied, in a copy of the model in float64: the arguments of its call of
-`scaled_dot_product_attention`, or the result of its softmax.
+`scaled_dot_product_attention`, or the result of its softmax; and there it is perturbed.
 """
 
 import contextlib
@@ -10,8 +10,9 @@ import copy
 import functools
 import math
 import random
+import warnings
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -289,6 +290,19 @@ class Scene:
         exact = self.predictions[2]
         return {path: float((as_map(received[path], self.x.shape[2:]) - exact[path]).abs().max()) for path in exact}
 
+    @functools.cached_property
+    def perturbed(self) -> Callable[[tuple[str, ...], str | float], Tensor]:
+        """The prediction g with other attention in some layers, in float64."""
+        _, model = denoisers(self.name, self.dtype)
+
+        @functools.cache
+        def prediction(paths: tuple[str, ...], how: str | float) -> Tensor:
+            modules = [model.get_submodule(path) for path in paths]
+            with reference.Perturbed(modules, how, lambda tokens: grid_of(tokens, self.x.shape[2:])):
+                return self.denoise(self.x, self.cond)
+
+        return prediction
+
     def margin(self, path: str) -> Tensor:
         """How far a saliency may be from the exact one: rounding as the reference's own, and that of float32's sums."""
         return 8 * self.rounding[path] + 1e-5 * (1 + self.predictions[2][path])
@@ -356,12 +370,17 @@ def watched(model: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, Tens
 
 
 def as_map(tokens: Tensor, size: tuple[int, ...]) -> Tensor:
-    """(b, h', w'): the grid is the latent's, halved and rounded up as often as the number of tokens says."""
+    """(b, h', w')"""
+    return tokens.view(-1, *grid_of(tokens.shape[1], size))
+
+
+def grid_of(tokens: int, size: tuple[int, ...]) -> tuple[int, int]:
+    """(h', w'): the latent's size, halved and rounded up as often as the number of tokens says."""
     for level in range(4):
         h, w = (-(-side // 2**level) for side in size)
-        if h * w == tokens.shape[1]:
-            return tokens.view(-1, h, w)
-    raise AssertionError(f"{tokens.shape[1]} tokens of a latent of {tuple(size)}")
+        if h * w == tokens:
+            return h, w
+    raise AssertionError(f"{tokens} tokens of a latent of {tuple(size)}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -417,21 +436,45 @@ LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
-# A case: a layer and settings
+# A case: directions and settings
+
+
+class Drawn(NamedTuple):
+    """A direction."""
+
+    kind: str
+    layers: tuple[str, ...]
+    settings: dict[str, Any]
+
+    def acts(self, sigma: Tensor) -> Tensor:
+        low, high = self.settings["sigma_range"]
+        return (sigma >= low) & (sigma <= high) & (self.settings["scale"] != 0)
+
+
+KINDS: dict[str, Any] = {"SAG": ksag.SAG, "PAG": ksag.PAG, "SEG": ksag.SEG}
+COMBINATIONS = {
+    ("SAG",): 5, ("PAG",): 2, ("SEG",): 2, ("SAG", "PAG"): 2, ("PAG", "SEG"): 1, ("SEG", "SAG"): 1, ("PAG", "SEG", "SAG"): 2,
+    (): 0.2,
+}  # fmt: skip
+"""And how often they are drawn."""
 
 
 @dataclass(frozen=True)
 class Case:
     seed: int
     number: int
-    path: str
+    directions: tuple[Drawn, ...]
     settings: dict[str, Any]
     """Of the wrapper."""
     cond_scale: float
     rule: Callable
     """The reference's, for `settings["cfg_rule"]`."""
     given: str
-    """How the wrapper gets its settings."""
+    """How the directions get their settings."""
+    calls: int
+    """How many calls of a run there are, all at the same latent and sigma, so that they agree."""
+    handle: str
+    """Whether the wrapper is called itself, or a `run()` of it, or one beside another."""
     mode: str
     """The gradient mode."""
 
@@ -441,7 +484,7 @@ class Case:
 
     def __str__(self) -> str:
         s = self.scene
-        settings = {**self.settings, "cfg_rule": cfg.name_of(self.settings["cfg_rule"])}
+        settings = {**self.settings, "cfg_rule": cfg.shown(self.settings["cfg_rule"])}
         parts = {
             "model": s.name,
             "dtype": s.dtype,
@@ -451,10 +494,11 @@ class Case:
             "cond": s.cond if s.cond is None else tuple(s.cond.shape),
             "nesting": s.nesting,
             "keywords": list(s.keywords),
-            "layer": self.path,
             "cond_scale": self.cond_scale,
             "mode": self.mode,
-            f"settings, given {self.given}": settings,
+            "calls": f"{self.calls}, {self.handle}",
+            "settings": settings,
+            f"directions, given {self.given}": [tuple(drawn) for drawn in self.directions],
         }
         return "; ".join(f"{name}: {value}" for name, value in parts.items())
 
@@ -462,31 +506,46 @@ class Case:
 def case(seed: int, number: int) -> Case:
     rng = random.Random(f"{seed} case {number}")
     s = scene(seed, number // PER_SCENE)
-    level = rng.choice(SIGMAS)
     rule, reference_rule = RULES[rng.choice(list(RULES))](rng)
-    settings = {
-        "sag_scale": rng.choice((0.5, 0.5, 1.0, -2.0, 5.0, *[rng.uniform(-3, 5)] * 4, 0.0)),
-        "blur_sigma": rng.choice((2.0, 1.0, 0.0, 1e-20, 1e-160, 30.0, rng.uniform(0.2, 4))),
-        "blur_kernel_size": rng.choices((9, 3, 5, 7, 1, 15, 31), (6, 2, 2, 2, 1, 1, 1))[0],
-        "mask_threshold": rng.choice((1.0, 1.0, 1.0, 0.0, -1.0, 3.0, rng.uniform(0.5, 1.5))),
-        "sigma_range": rng.choice(((0.0, math.inf),) * 4 + ((0.0, level), (level, math.inf), (level, level))),
-        "one_pass": rng.random() < 0.2,
-        "every": rng.choice((1, 1, 1, 3)),
-        "cfg_rule": rule,
-        "cond_key": rng.choice(("cond", "text", None)),
-        "batch_cond": rng.random() < 0.7,
-        "shared_kwargs": ("table",),
-    }
+    kinds = rng.choices(list(COMBINATIONS), list(COMBINATIONS.values()))[0]
+    directions = tuple(drawn(kind, rng, layers(s.name)) for kind in rng.sample(kinds, len(kinds)))
     return Case(
         seed,
         number,
-        path=rng.choice(layers(s.name)),
-        settings=settings,
+        directions=directions,
+        settings={
+            "cfg_rule": rule,
+            "cond_key": rng.choice(("cond", "text", None)),
+            "batch_cond": rng.random() < 0.7,
+            "shared_kwargs": ("table",),
+        },
         cond_scale=1.0 if s.uncond is None else rng.choice((7.5, 1.0, 0.0, -1.5, rng.uniform(-2, 15))),
         rule=reference_rule,
-        given=rng.choices(("at construction", "later", "per call"), (1, 8, 8))[0],
+        given=rng.choices(("at construction", "later", "per call"), (1, 4, 4))[0],
+        calls=max(rng.choice((1, 1, 1, 2, 5)), *[1 + drawn.settings.get("one_pass", False) for drawn in directions], 1),
+        handle=rng.choice(("direct", "direct", "run", "interleaved")),
         mode=rng.choice(list(MODES)),
     )
+
+
+def drawn(kind: str, rng: random.Random, paths: tuple[str, ...]) -> Drawn:
+    level = rng.choice(SIGMAS)
+    settings = {
+        "scale": rng.choice((0.5, 0.5, 1.0, -2.0, 5.0, *[rng.uniform(-3, 5)] * 4, 0.0)),
+        "sigma_range": rng.choice(((0.0, math.inf),) * 4 + ((0.0, level), (level, math.inf), (level, level))),
+        "every": rng.choice((1, 1, 1, 3)),
+    }
+    if kind == "SAG":
+        settings |= {
+            "blur_sigma": rng.choice((2.0, 1.0, 0.0, 1e-20, 1e-160, 30.0, rng.uniform(0.2, 4))),
+            "blur_kernel_size": rng.choices((9, 3, 5, 7, 1, 15, 31), (6, 2, 2, 2, 1, 1, 1))[0],
+            "mask_threshold": rng.choice((1.0, 1.0, 1.0, 0.0, -1.0, 3.0, rng.uniform(0.5, 1.5))),
+            "one_pass": rng.random() < 0.25,
+        }
+    if kind == "SEG":
+        settings |= {"blur_sigma": rng.choice((math.inf, math.inf, 1.0, 0.0, 1e-20, 20.0, rng.uniform(0.2, 4)))}
+    several = 1 if kind == "SAG" else min(len(paths), rng.choice((1, 1, 2)))
+    return Drawn(kind, tuple(rng.sample(paths, several)), settings)
 
 
 MODES: dict[str, Callable[[], Any]] = {
@@ -499,12 +558,12 @@ MODES: dict[str, Callable[[], Any]] = {
 # The rules for step 2, by their papers' formulas
 
 
-def plain_rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor) -> Tensor:
+def plain_rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor, calls: int) -> Tensor:
     return (1 - scale) * u + scale * g
 
 
 def rescaled_rule(phi: float) -> Callable:
-    def rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor) -> Tensor:
+    def rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor, calls: int) -> Tensor:
         sigma = sigma.view(-1, 1, 1, 1)
         c_skip, c_out = 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1).sqrt()
         v_u, v_g = (u - x * c_skip) / c_out, (g - x * c_skip) / c_out
@@ -515,11 +574,11 @@ def rescaled_rule(phi: float) -> Callable:
     return rule
 
 
-def projected_rule(eta: float, limit: float | None) -> Callable:
-    def rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor) -> Tensor:
+def projected_rule(eta: float, limit: float | None, momentum: float) -> Callable:
+    def rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor, calls: int) -> Tensor:
         results = []
         for one_u, one_g in zip(u, g, strict=True):
-            difference = one_g - one_u
+            difference = (one_g - one_u) * sum(momentum**i for i in range(calls))
             if limit is not None and difference.norm() > limit:
                 difference = difference / difference.norm() * limit
             parallel = (difference * one_g).sum() / (one_g * one_g).sum() * one_g
@@ -535,9 +594,8 @@ def rescale(rng: random.Random) -> tuple[cfg.Rule, Callable]:
 
 
 def project(rng: random.Random) -> tuple[cfg.Rule, Callable]:
-    eta, limit = rng.choice((0.0, 1.0, rng.random())), rng.choice((None, 1.0, 15.0))
-    # the momentum has nothing to begin with
-    return cfg.apg(eta, limit, momentum=rng.choice((-0.5, 0.0, 0.5))), projected_rule(eta, limit)
+    eta, limit, momentum = rng.choice((0.0, 1.0, rng.random())), rng.choice((None, 1.0, 15.0)), rng.choice((-0.5, 0.0, 0.5))
+    return cfg.apg(eta, limit, momentum), projected_rule(eta, limit, momentum)
 
 
 def own_rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor) -> Tensor:
@@ -550,36 +608,51 @@ RULES: dict[str, Callable[[random.Random], tuple[cfg.Rule, Callable]]] = {
     "also plain": lambda rng: (cfg.plain, plain_rule),
     "rescale": rescale,
     "apg": project,
-    "own": lambda rng: (own_rule, own_rule),
+    "own": lambda rng: (own_rule, lambda *args: own_rule(*args[:-1])),
 }
 
 
 # ksag's image
 
 
-@functools.cache
-def wrapper(name: str, dtype: torch.dtype, path: str) -> ksag.SAGDenoiser:
-    return ksag.SAGDenoiser(denoisers(name, dtype)[0], attention=path)
+@functools.lru_cache(maxsize=8)
+def wrapper(name: str, dtype: torch.dtype, directions: tuple[tuple[str, tuple[str, ...]], ...]) -> ksag.GuidedDenoiser:
+    model, _ = denoisers(name, dtype)
+    return ksag.GuidedDenoiser(model, [KINDS[kind](attention=attention(kind, paths)) for kind, paths in directions])
+
+
+def attention(kind: str, layers: Sequence[Any]) -> Any:
+    return layers[0] if kind == "SAG" else layers
 
 
 @contextlib.contextmanager
-def wrapped(c: Case) -> Iterator[tuple[ksag.SAGDenoiser, dict[str, Any]]]:
+def wrapped(c: Case) -> Iterator[tuple[ksag.GuidedDenoiser, dict[str, Any]]]:
     """A wrapper, and what is left of the settings for the call."""
     s = c.scene
     if c.given == "at construction":
         model, _ = denoisers(s.name, s.dtype)
-        for attention in (c.path, model.get_submodule(c.path))[c.number % 2 :][:1]:
-            with ksag.SAGDenoiser(model, attention=attention, **c.settings) as guided:
-                yield guided, {}
+        directions = []
+        for d in c.directions:
+            layers = [model.get_submodule(path) for path in d.layers] if c.number % 2 else d.layers
+            directions.append(KINDS[d.kind](**d.settings, attention=attention(d.kind, layers)))
+        with ksag.GuidedDenoiser(model, directions, **c.settings) as guided:
+            yield guided, {}
         return
-    guided = wrapper(s.name, s.dtype, c.path)
-    per_call = ("sag_scale", "blur_sigma", "mask_threshold") if c.given == "per call" else ()
+    guided = wrapper(s.name, s.dtype, tuple((d.kind, d.layers) for d in c.directions))
+    guided.reset()
     for name, value in c.settings.items():
-        setattr(guided, name, 9.75 if name in per_call else value)
-    yield guided, {name: c.settings[name] for name in per_call}
+        setattr(guided, name, value)
+    per_call = {}
+    for direction, d in zip(guided.directions, c.directions, strict=True):
+        words = {name: word for word, name in direction.keywords.items()} if c.given == "per call" else {}
+        for name, value in d.settings.items():
+            setattr(direction, name, 9.75 if name in words else value)
+        per_call |= {word: d.settings[name] for name, word in words.items()}
+    yield guided, per_call
 
 
 def image(c: Case) -> tuple[Tensor, ksag.Trace]:
+    """The last call of the run, and the trace of all."""
     s = c.scene
     key = c.settings["cond_key"]
 
@@ -589,22 +662,23 @@ def image(c: Case) -> tuple[Tensor, ksag.Trace]:
         value = s.arguments(cond, s.dtype)["cond"]
         return value if key else {"text": value}
 
-    keywords = s.arguments(None, s.dtype)
-    if s.cond is not None:
-        keywords["nesting"] = s.nesting
     with wrapped(c) as (guided, per_call), MODES[c.mode]():
 
-        def call() -> tuple[Tensor, ksag.Trace]:
-            with guided.trace() as steps:
-                args = {"cond": packed(s.cond), "uncond": packed(s.uncond), "cond_scale": c.cond_scale, **per_call, **keywords}
-                return guided(s.x, s.sigma, **args), steps
+        def call(denoiser: ksag.GuidedDenoiser, x: Tensor) -> Tensor:
+            keywords = {**s.arguments(None, s.dtype), **({} if s.cond is None else {"nesting": s.nesting})}
+            args = {"cond": packed(s.cond), "uncond": packed(s.uncond), "cond_scale": c.cond_scale, **per_call, **keywords}
+            return denoiser(x, s.sigma, **args)
 
-        guided.reset()
-        if c.settings["one_pass"]:  # the second call at the same x and sigma is exact SAG
-            call()
-            if hasattr(guided.cfg_rule, "reset"):
-                guided.cfg_rule.reset()
-        return call()
+        denoiser = guided if c.handle == "direct" else guided.run()
+        other = guided.run()
+        traced = ksag.Trace()
+        for _ in range(c.calls):
+            if c.handle == "interleaved":
+                call(other, s.x.flip(-1) * 2)
+            with guided.trace() as steps:
+                result = call(denoiser, s.x)
+            traced += steps
+        return result, traced
 
 
 # The comparison
@@ -625,46 +699,59 @@ def run(seed: int, number: int) -> Outcome:
     """One case: what came out, and where it failed, how and how to see it again."""
     c = case(seed, number)
     try:
-        outcome = compared(c, *image(c))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "blur_(sigma|kernel_size)=. blurs nothing")
+            if too_small(c):
+                return refused(c)
+            outcome = compared(c, *image(c))
     except Exception as error:
         outcome = Outcome(FAILED, math.inf, f"{type(error).__name__}: {error}")
     again = f"{outcome.message}\n  {c}\n  again: python scripts/campaign.py --seed {seed} --case {number}"
     return outcome._replace(message=again if outcome.kind == FAILED else "")
 
 
+def too_small(c: Case) -> bool:
+    """Whether the latent is too small for the blur of SAG, where it acts."""
+    sides, sigma = c.scene.x.shape[2:], c.scene.sigma
+    return any(
+        d.kind == "SAG" and min(sides) <= d.settings["blur_kernel_size"] // 2 and bool(d.acts(sigma).any()) for d in c.directions
+    )
+
+
+def refused(c: Case) -> Outcome:
+    try:
+        image(c)
+    except ValueError as error:
+        if "too small for blur_kernel_size" in str(error):
+            return Outcome("refused, the latent being too small for the blur")
+    raise AssertionError("the latent is too small for the blur, and no error says so")
+
+
 def compared(c: Case, result: Tensor, steps: ksag.Trace) -> Outcome:
-    s, settings = c.scene, c.settings
-    u, g, saliencies = s.predictions
-    guided = c.rule(u, g, c.cond_scale, s.x.double(), s.sigma.double())
+    s = c.scene
+    u, g, _ = s.predictions
+    guided = c.rule(u, g, c.cond_scale, s.x.double(), s.sigma.double(), c.calls)
     terms = norms(u) * (1 + abs(c.cond_scale)) + norms(g) * abs(c.cond_scale)
-    low, high = settings["sigma_range"]
-    acts = (s.sigma >= low) & (s.sigma <= high)
-    possible = settings["sag_scale"] != 0 and min(s.x.shape[2:]) > settings["blur_kernel_size"] // 2
-    kind = "plain"
-    if not (possible and acts.any()):
-        if steps:
-            return Outcome(FAILED, math.inf, "guided, where SAG does not act")
-    else:
-        saliency, threshold, margin = saliencies[c.path], settings["mask_threshold"], s.margin(c.path)
-        (step,) = steps
-        difference = (step.saliency - saliency).abs()
-        if step.saliency.shape != saliency.shape or bool((difference > margin).any()):
-            return Outcome(
-                FAILED, math.inf, f"the saliency differs by {float((difference / margin).max()):.1f} times what rounding explains"
-            )
-        size = (s.x.shape[2], s.x.shape[3])
-        mask = reference.upsampled((saliency > threshold).double(), size)
-        at_threshold = (saliency - threshold).abs() <= margin
-        if bool(((step.mask != mask) & ~reference.upsampled(at_threshold, size)).any()):
-            return Outcome(FAILED, math.inf, "the mask differs, and not at a token near the threshold")
-        blurred = reference.blurred(u, settings["blur_sigma"] if settings["blur_sigma"] > 0.02 else 0, settings["blur_kernel_size"])
-        mask = step.mask.double()  # a token at the threshold is on the side where rounding put it
-        d = mask * blurred + (1 - mask) * u
-        r = s.denoise(d + (s.x.double() - u), s.base)
-        terms = torch.where(acts, terms + (norms(d) + norms(r)) * abs(settings["sag_scale"]), terms)
-        guided = torch.where(acts[:, None, None, None], guided + (d - r) * settings["sag_scale"], guided)
-        kind = "guided" if acts.all() else "guided in part, by sigma"
-        kind = f"{kind}, with a token at the threshold" if at_threshold.any() else kind
+    kinds = set()
+    for d in c.directions:
+        acts, of_it = d.acts(s.sigma), [step for step in steps if step.name == d.kind]
+        if not acts.any():
+            if of_it:
+                return Outcome(FAILED, math.inf, f"{d.kind} was computed, where it does not act")
+            continue
+        if d.kind == "SAG":
+            found = blurred_and_reevaluated(c, d, of_it[-1])
+            if isinstance(found, Outcome):
+                return found
+            better, worse, at_threshold = found
+            kinds |= {"with a token at the threshold"} if at_threshold else set()
+        else:
+            better, worse = g, s.perturbed(d.layers, "identity" if d.kind == "PAG" else d.settings["blur_sigma"])
+        scale = d.settings["scale"]
+        terms = torch.where(acts, terms + (norms(better) + norms(worse)) * abs(scale), terms)
+        guided = torch.where(acts[:, None, None, None], guided + (better - worse) * scale, guided)
+        kinds |= {d.kind, *([] if acts.all() else ["in part, by sigma"])}
+    kind = ", ".join(sorted(kinds)) or "plain"
     error = float((norms(result.double() - guided) / terms).nan_to_num(math.inf).max())
     exact = torch.float32 if MODELS[s.name].attends_in_float32 and s.dtype == torch.float64 else s.dtype
     if result.dtype != s.dtype:
@@ -672,6 +759,25 @@ def compared(c: Case, result: Tensor, steps: ksag.Trace) -> Outcome:
     if not error <= TOLERANCE[exact]:
         return Outcome(FAILED, error, f"{kind}: relative error {error:.1e}")
     return Outcome(kind, error)
+
+
+def blurred_and_reevaluated(c: Case, d: Drawn, step: ksag.TraceStep) -> Outcome | tuple[Tensor, Tensor, bool]:
+    """d and r of the paper, and whether a token is at the threshold; or what is wrong with the saliency and the mask."""
+    s, threshold, [path] = c.scene, d.settings["mask_threshold"], d.layers
+    u, saliency, margin = s.predictions[0], s.predictions[2][path], s.margin(path)
+    difference = (step.saliency - saliency).abs()
+    if step.saliency.shape != saliency.shape or bool((difference > margin).any()):
+        worst = float((difference / margin).max())
+        return Outcome(FAILED, math.inf, f"the saliency differs by {worst:.1f} times what rounding explains")
+    size = (s.x.shape[2], s.x.shape[3])
+    mask = reference.upsampled((saliency > threshold).double(), size)
+    at_threshold = (saliency - threshold).abs() <= margin
+    if bool(((step.mask != mask) & ~reference.upsampled(at_threshold, size)).any()):
+        return Outcome(FAILED, math.inf, "the mask differs, and not at a token near the threshold")
+    sigma, kernel_size = d.settings["blur_sigma"], d.settings["blur_kernel_size"]
+    mask = step.mask.double()  # a token at the threshold is on the side where rounding put it
+    degraded = mask * reference.blurred(u, sigma if sigma > 0.02 else 0, kernel_size) + (1 - mask) * u
+    return degraded, s.denoise(degraded + (s.x.double() - u), s.base), bool(at_threshold.any())
 
 
 def report(cases: Iterable[tuple[Case, Outcome]]) -> str:

@@ -124,6 +124,8 @@ def blurred_queries(q, sigma, grid):
     """(..., tokens, d), blurred as in the code of the SEG paper (arXiv:2408.00760), with one kernel for each side."""
     if sigma == float("inf"):
         return q.mean(dim=-2, keepdim=True).expand_as(q)
+    if sigma == 0:
+        return q
     grid = grid(q.shape[-2]) if callable(grid) else grid
     planes = q.transpose(-1, -2).reshape(-1, 1, *grid)
     size = int(np.ceil(6 * sigma)) + 1 - int(np.ceil(6 * sigma)) % 2

