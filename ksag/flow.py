@@ -90,7 +90,8 @@ class FlowDenoiser(nn.Module):
 
     def velocity(self, x: Tensor, t: Tensor, **kwargs: object) -> Tensor:
         """What the model predicts at x (b, c, *spatial) and t (b,)."""
-        return self.inner_model(x.to(_dtype_of(self.inner_model, x.dtype)), t, **kwargs)
+        v: Tensor = self.inner_model(x.to(_dtype_of(self.inner_model, x.dtype)), t, **kwargs)
+        return v
 
     def forward(self, input: Tensor, sigma: Tensor, **kwargs: object) -> Tensor:
         """The denoised latent, shaped like `input` (b, c, *spatial) and of its dtype; `kwargs` are passed to the model."""
@@ -102,6 +103,6 @@ class FlowDenoiser(nn.Module):
 
 
 def _dtype_of(model: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The dtype of the model's weights; `default` for a model without weights, or with weights in a storage format such as float8."""
+    """The dtype of the model's weights; `default` without weights, or with weights in a storage format such as float8."""
     dtypes = (parameter.dtype for parameter in model.parameters())
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), default)

@@ -8,7 +8,6 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import ksag
 from ksag.adapters import diffusers
-from ksag.adapters.diffusers.transformers import spatial
 from ksag.commands.pipeline import Pipeline
 from ksag.commands.sampling import Sampling
 from ksag.samplers import sample as sample_latents
@@ -21,17 +20,6 @@ KINDS = {
     "Flux schnell": lambda folder: flow_pipelines.flux(folder, False, use_dynamic_shifting=False),
     "flow XL": flow_pipelines.flow_sdxl,
 }
-
-
-def joint_attention_is_known():
-    try:
-        ksag.SAGDenoiser(spatial(flow_pipelines.sd3_transformer())).close()
-    except ValueError:
-        return False
-    return True
-
-
-needs_joint_attention = pytest.mark.skipif(not joint_attention_is_known(), reason="ksag does not read joint attention yet")
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +41,9 @@ def opened(folder, **options):
     return Pipeline(str(folder), torch.device("cpu"), torch.float32, **{"prompt": ["a cat"], "size": (24, 32), **options})
 
 
-class Plain(torch.nn.Module):
-    """Classifier-free guidance alone, in the place of SAGDenoiser."""
-
-    def __init__(self, inner_model):
-        super().__init__()
-        self.inner_model = inner_model
-
-    def forward(self, x, sigma, cond, uncond=None, cond_scale=1.0):
-        g = self.inner_model(x, sigma, **cond)
-        return g if uncond is None else ksag.cfg.plain(self.inner_model(x, sigma, **uncond), g, cond_scale, x, sigma)
-
-
-def sampling(model, steps):
-    return Sampling(model, Plain(model.denoiser), "euler", model.sigmas(steps, "model"))
-
-
-def made(model):
-    return sampling(model, steps=3).pictures([4])
+def sampling(model, steps, sag_scale=0.0):
+    guided = ksag.SAGDenoiser(model.denoiser, sag_scale, cond_key=None)
+    return Sampling(model, guided, "euler", model.sigmas(steps, "model"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,13 +59,13 @@ def test_the_picture_is_that_of_diffusers(saved, kind):
         latents = flow_pipelines.pack(latents)
     args = {"prompt": "a cat", "negative_prompt": options["negative_prompt"], "guidance_scale": options["cond_scale"] or 0.0}
     (expected,) = pipe(**args, latents=latents, num_inference_steps=3, height=24, width=32).images
-    (picture,) = made(model)
+    (picture,) = sampling(model, 3).pictures([4])
     assert picture.size == expected.size == (32, 24)
     difference = (pil_to_tensor(picture).float() - pil_to_tensor(expected).float()).abs()
     assert difference.max() <= 2 and difference.mean() < 0.2  # of 255
 
 
-@needs_joint_attention
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SD3", "Flux dev"])
 def test_from_the_shell_with_sag(saved, tmp_path, kind):
     """The picture of the library with SAG, and another one without."""
@@ -108,10 +81,10 @@ def test_from_the_shell_with_sag(saved, tmp_path, kind):
         latents = sample_latents("euler", guided, (16, 12, 16), denoiser.get_sigmas(3), [4], guidance)
     picture = pil_to_tensor(diffusers.decode(pipe, latents, pil=True)[0])
     assert torch.equal(pixels(tmp_path / "x.png"), picture.float())
-    assert not torch.equal(picture, pil_to_tensor(made(opened(saved(kind)))[0]))
+    (plain,) = sampling(opened(saved(kind)), 3).pictures([4])
+    assert not torch.equal(picture, pil_to_tensor(plain))
 
 
-@needs_joint_attention
 @pytest.mark.parametrize("reader", READERS)
 def test_image_tools_read_the_parameters(saved, tmp_path, reader):
     args = ["--prompt", "a cat", "--size", "32x24", "--steps", 3, "--device", "cpu", "--cond-scale", 2]
@@ -156,8 +129,7 @@ def test_the_schedules_are_those_of_diffusers_scheduler(saved, kind, schedule):
 def test_more_shift_means_more_steps_at_high_noise(saved):
     low, high = (opened(saved("SD3"), shift=shift) for shift in (1.0, 4.0))
     assert (high.sigmas(6, "model")[1:-1] > low.sigmas(6, "model")[1:-1]).all()
-    (one,), (other,) = made(low), made(high)
-    assert one != other
+    assert not torch.equal(*(sampling(model, 3).latents([4]) for model in (low, high)))
 
 
 @pytest.mark.parametrize("kind", ["SD3", "Flux schnell"])
@@ -166,7 +138,7 @@ def test_less_strength_stays_nearer_to_the_picture(saved, tmp_path, kind):
     distances = []
     for strength in 0.2, 0.6, 1.0:
         model = opened(saved(kind), image=tmp_path / "picture.png", strength=strength)
-        latents = sampling(model, steps=10).latents([4])
+        latents = sampling(model, 10).latents([4])
         distances.append((latents - model.start()).norm())
     assert distances[0] < distances[1] < distances[2]
 
@@ -176,9 +148,9 @@ def test_outside_the_mask_the_picture_is_unchanged(saved, tmp_path):
     to_pil_image(given).save(tmp_path / "picture.png")
     Image.frombytes("L", (32, 24), bytes([0] * 16 + [255] * 16) * 24).save(tmp_path / "mask.png")
     model = opened(saved("Flux dev"), image=tmp_path / "picture.png", mask=tmp_path / "mask.png", strength=1.0)
-    x, sigma = torch.randn(1, *model.shape), torch.ones(1)
-    denoised = model.around(Plain(model.denoiser))(x, sigma, **model.conditioning([0]))
-    assert torch.equal(denoised[..., :8], model.start()[..., :8]) and not torch.equal(denoised[..., 8:], model.start()[..., 8:])
+    latents, start = sampling(model, 3, 1.0).latents([4]), model.start()
+    torch.testing.assert_close(latents[..., :8], start[..., :8])
+    assert (latents[..., 8:] - start[..., 8:]).abs().mean() > 0.1
 
 
 @pytest.mark.parametrize(

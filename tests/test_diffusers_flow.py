@@ -3,6 +3,7 @@
 import k_diffusion as K
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import (
     AuraFlowTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
@@ -36,12 +37,9 @@ STEPS = {"num_inference_steps": 7, "output_type": "latent"}
 
 def sampled(denoiser, latents, cond, uncond=None, cond_scale=1.0, cfg_rule=ksag.cfg.plain):
     sigmas = denoiser.get_sigmas(7)
-
-    def guided(x, sigma):
-        g = denoiser(x, sigma, **cond)
-        return g if uncond is None else cfg_rule(denoiser(x, sigma, **uncond), g, cond_scale, x, sigma)
-
-    return K.sampling.sample_euler(guided, latents * sigmas[0], sigmas, disable=True)
+    with ksag.SAGDenoiser(denoiser, sag_scale=0.0, cond_key=None, cfg_rule=cfg_rule) as guided:
+        args = {"cond": cond, "uncond": uncond, "cond_scale": cond_scale}
+        return K.sampling.sample_euler(guided, latents * sigmas[0], sigmas, args, disable=True)
 
 
 # A whole run of diffusers' own pipeline is sample_euler
@@ -200,6 +198,37 @@ def test_the_pipelines_scheduler_stays_as_it_is(tmp_path):
     assert adapter.denoiser(pipe).shift == adapter.denoiser(pipe, size=(256, 256)).shift  # 128 × 128, of the tiny VAE
 
 
+# As it is run
+
+
+TEXT = {"encoder_hidden_states": torch.randn(2, 5, 32), "pooled_projections": torch.randn(2, 32)}
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_half_precision_under_float32_latents(dtype, error):
+    x, sigma = torch.randn(LATENTS) * 5000, torch.tensor([5000.0, 50.0])
+    half, full = (
+        adapter.denoiser(flux_transformer().to(kind), FlowMatchEulerDiscreteScheduler()) for kind in (dtype, torch.float32)
+    )
+    result = half(x, sigma, **{name: text.to(dtype) for name, text in TEXT.items()})
+    assert result.dtype == torch.float32 and relative(result, full(x, sigma, **TEXT)) < error
+
+
+def test_offload_moves_the_noise_levels_to_where_it_computes():
+    """The device "meta" represents the GPU."""
+    model = flux_transformer()
+    cpu_offload_with_hook(model, "meta")
+    assert adapter.denoiser(model, FlowMatchEulerDiscreteScheduler()).get_sigmas(3).device.type == "meta"
+
+
+@pytest.mark.slow
+def test_it_compiles_whole():
+    denoiser = adapter.denoiser(flux_transformer(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    x, sigma = torch.randn(LATENTS) * 3, torch.tensor([3.0, 2.0])
+    compiled = torch.compile(denoiser, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, sigma, **TEXT), denoiser(x, sigma, **TEXT))
+
+
 # Input that does not fit
 
 
@@ -228,29 +257,24 @@ def test_an_odd_latent_cannot_be_packed():
         model(torch.randn(1, 16, 8, 7), torch.ones(1), encoder_hidden_states=torch.randn(1, 5, 32))
 
 
-def test_a_guidance_scale_that_is_missing(tmp_path):
+def test_a_guidance_scale_that_is_missing():
     denoiser = adapter.denoiser(flux_transformer(guidance_embeds=True), FlowMatchEulerDiscreteScheduler())
-    text = {"encoder_hidden_states": torch.randn(1, 5, 32), "pooled_projections": torch.randn(1, 32)}
     with pytest.raises(
         TypeError, match=r"takes its guidance scale as an input, which is missing: conditioning\(pipe, prompt, guid"
     ):
-        denoiser(torch.randn(1, 16, 8, 8), torch.ones(1), **text)
+        denoiser(torch.randn(LATENTS), torch.ones(2), **TEXT)
 
 
-# SAG, where ksag can read the transformer's attention
+# SAG
 
 
-@pytest.mark.parametrize("make", [stable_diffusion_3, flux])
+@pytest.mark.parametrize("make", [stable_diffusion_3, flux, chroma, qwen_image])
 def test_sag_changes_the_image(tmp_path, make):
     pipe = make(tmp_path)
     denoiser = adapter.denoiser(pipe, size=(16, 24))
     cond, _ = adapter.conditioning(pipe, "a cat", n=2)
     x, sigma = torch.randn(LATENTS) * 3, torch.full((2,), 2.0)
-    try:
-        guided = ksag.SAGDenoiser(denoiser, sag_scale=1.0, cond_key=None)
-    except ValueError:
-        pytest.skip("ksag does not read joint attention yet")
-    with guided, guided.trace() as steps:
+    with ksag.SAGDenoiser(denoiser, sag_scale=1.0, blur_kernel_size=7, cond_key=None) as guided, guided.trace() as steps:
         result = guided(x, sigma, cond=cond)
     assert steps[0].saliency.shape == (2, 4, 6)
     assert result.isfinite().all() and relative(result, denoiser(x, sigma, **cond)) > 1e-3

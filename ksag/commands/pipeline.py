@@ -137,8 +137,9 @@ class Pipeline:
 
     def _encode(self, prompt: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Alone, because in a list its tokens would depend on the other prompts'."""
-        options = {"clip_skip": self.skipped, "size": self.size, "guidance": self.guidance}
-        cond, uncond = diffusers.conditioning(self.pipe, prompt, self.negative_prompt, **options)
+        cond, uncond = diffusers.conditioning(
+            self.pipe, prompt, self.negative_prompt, clip_skip=self.skipped, size=self.size, guidance=self.guidance
+        )
         if self._concat is not None:
             cond, uncond = cond | {"concat": self._concat}, uncond | {"concat": self._concat}
         return cond, uncond
@@ -158,8 +159,8 @@ class Pipeline:
     def _latent_mask(self) -> Tensor:
         """(1, 1, h, w), from 0, which stays, to 1."""
         assert self.mask is not None
-        small = self.mask.resize((self.shape[2], self.shape[1]), Image.Resampling.BOX)
-        return to_tensor(small)[None].to(self.denoiser.sigmas.device)
+        small: Tensor = to_tensor(self.mask.resize((self.shape[2], self.shape[1]), Image.Resampling.BOX))
+        return small[None].to(self.denoiser.sigmas.device)
 
     def around(self, guided: nn.Module) -> nn.Module:
         start = self.start()
@@ -235,12 +236,11 @@ def _skipped(pipe: Any, clip_skip: int) -> int | None:
 def _own_schedule(scheduler: Any, denoiser: nn.Module) -> str:
     """A1111's name of the schedule."""
     if isinstance(denoiser, diffusers.EDMDenoiser):
-        return scheduler.config.sigma_schedule.capitalize()
+        return str(scheduler.config.sigma_schedule).capitalize()
     if not isinstance(denoiser, FlowDenoiser):
         return "Uniform"
-    return next(
-        (name for name in ("Karras", "Exponential", "Beta") if scheduler.config.get(f"use_{name.lower()}_sigmas")), "Simple"
-    )
+    spacings = ("karras", "exponential", "beta") if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" else ()
+    return next((name.capitalize() for name in spacings if scheduler.config.get(f"use_{name}_sigmas")), "Simple")
 
 
 def _of_length(side: dict[str, Any], tokens: int) -> dict[str, Any]:

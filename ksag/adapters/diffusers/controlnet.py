@@ -47,4 +47,6 @@ class ControlledUNet(nn.Module):
         text = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added_cond_kwargs}
         steering = {"controlnet_cond": controlnet_cond, "conditioning_scale": conditioning_scale}
         down, middle = self.controlnet(x[:, : self.channels], t, **text, **steering, return_dict=False)
-        return self.unet(x, t, **text, **kwargs, down_block_additional_residuals=down, mid_block_additional_residual=middle)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        prediction: tuple[Tensor, ...] = self.unet(x, t, **text, **kwargs, **residuals)
+        return prediction

@@ -57,10 +57,11 @@ def _denoised(model: "DiscreteDenoiser | EDMDenoiser", x: Tensor, sigma: Tensor,
     c_in = (sigma**2 + model.sigma_data**2) ** -0.5
     c_skip, c_out, c_in = (K.utils.append_dims(c, x.ndim) for c in (*model.scalings(sigma, model.sigma_data), c_in))
     prediction = call_network(model.inner_model, wide * c_in, model.sigma_to_t(sigma), **kwargs)
-    return (wide * c_skip + prediction * c_out).to(x.dtype)
+    denoised: Tensor = wide * c_skip + prediction * c_out
+    return denoised.to(x.dtype)
 
 
-class DiscreteDenoiser(K.external.DiscreteSchedule):
+class DiscreteDenoiser(K.external.DiscreteSchedule):  # type: ignore[misc]
     """A diffusers UNet trained at discrete timesteps, with k-diffusion's own schedule between them.
 
     Args:
@@ -108,7 +109,7 @@ class EDMDenoiser(nn.Module):
     def get_sigmas(self, n: int | None = None) -> Tensor:
         """(n + 1,) noise levels from the highest to 0, spaced as the scheduler spaces them; without n, all of them."""
         if n is None:
-            return K.sampling.append_zero(self.sigmas.flip(0))
+            return torch.cat([self.sigmas.flip(0), self.sigmas.new_zeros(1)])
         return self.schedule(n, float(self.sigma_min), float(self.sigma_max), device=self.sigmas.device)
 
     def sigma_to_t(self, sigma: Tensor) -> Tensor:

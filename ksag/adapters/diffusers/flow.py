@@ -24,7 +24,7 @@ class ScheduledFlowDenoiser(FlowDenoiser):
     def __init__(self, network: nn.Module, scheduler: Any, shift: float):
         super().__init__(network, shift)
         self.sigmas = self.sigmas.to(execution_device(network))
-        self.scheduler = scheduler
+        self.scheduler, self.packed = scheduler, isinstance(network, PackedTransformer)
 
     def get_sigmas(self, n: int | None = None) -> Tensor:
         """(n + 1,) noise levels from the highest to 0, as the pipeline spaces them; without n, all 1,000 and a 0."""
@@ -37,7 +37,7 @@ class ScheduledFlowDenoiser(FlowDenoiser):
             mu = None
             scheduler.set_shift(self.shift)
         # These pipelines give the scheduler their own levels, and the others leave the choice to it
-        own = np.linspace(1, 1 / n, n) if isinstance(self.inner_model, PackedTransformer) else None
+        own = np.linspace(1, 1 / n, n) if self.packed else None
         scheduler.set_timesteps(n, sigmas=own, mu=mu)
         return self.t_to_sigma(scheduler.sigmas.to(self.sigmas))
 
@@ -71,4 +71,4 @@ def tokens_of(pipe: Any, size: tuple[int, int] | None) -> int:
 
 
 def _is_linear(scheduler: Any) -> bool:
-    return scheduler.config.get("time_shift_type") == "linear"
+    return bool(scheduler.config.get("time_shift_type") == "linear")

@@ -26,7 +26,7 @@ def call_network(model: nn.Module, x: Tensor, t: Tensor, concat: Tensor | None =
     both = x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1)
     # Copies, because diffusers takes a T2I-Adapter's residuals out of the list that it is given.
     kwargs = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
-    prediction = model(both.to(computing_dtype(model)), t, return_dict=False, **kwargs)[0]
+    prediction: Tensor = model(both.to(computing_dtype(model)), t, return_dict=False, **kwargs)[0]
     return prediction[:, : x.shape[1]].to(x.dtype)
 
 
@@ -67,7 +67,8 @@ def network_of(pipe: Any) -> Any:
 
 def multiple_of(pipe: Any) -> int:
     """What both sides of a picture, in pixels, must be multiples of."""
-    return pipe.vae_scale_factor * (1 if getattr(pipe, "transformer", None) is None else 2)
+    patch = 1 if getattr(pipe, "transformer", None) is None else 2
+    return int(pipe.vae_scale_factor) * patch
 
 
 def trained_size(pipe: Any) -> tuple[int, int]:
@@ -82,7 +83,8 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
         registry = getattr(module, "_diffusers_hook", None)
         casting = registry and registry.get_hook("layerwise_casting")
         if casting:
-            return casting.compute_dtype
+            dtype: torch.dtype = casting.compute_dtype
+            return dtype
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():  # not a quantized weight
                 return parameter.dtype

@@ -76,7 +76,8 @@ def _from_pil(pipe: Any, images: Image.Image | Sequence[Image.Image], size: tupl
         raise ValueError(f"PIL pictures of several sizes, {sorted({p.size for p in pictures})}: give size=(height, width).")
     step = multiple_of(pipe)
     height, width = size or (max(side // step, 1) * step for side in pictures[0].size[::-1])
-    return pipe.image_processor.preprocess([picture.convert("RGB") for picture in pictures], height, width)
+    rows: Tensor = pipe.image_processor.preprocess([picture.convert("RGB") for picture in pictures], height, width)
+    return rows
 
 
 @overload

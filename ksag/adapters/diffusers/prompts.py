@@ -200,4 +200,5 @@ def _rows(pipe: Any, pictures: Any, size: tuple[int, int] | None, prompts: int, 
     if rows.shape[0] not in (1, prompts):
         raise ValueError(f"{rows.shape[0]} control pictures for {prompts} prompts: give one for all, or one for each.")
     rows = rows.expand(prompts, -1, -1, -1).repeat_interleave(n, dim=0)
-    return rows.to(execution_device(pipe.unet), pipe.controlnet.dtype)
+    moved: Tensor = rows.to(execution_device(pipe.unet), pipe.controlnet.dtype)
+    return moved

@@ -23,7 +23,8 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, *, return_dict: bool = False, **kwargs: Any) -> tuple[Tensor, ...]:
         """The velocity (b, c, h, w) at x (b, c, h, w) and t (b,) from 0 to 1000, in a tuple; `kwargs` are the transformer's."""
-        return self.transformer(x, timestep=t * self.timestep_scale, return_dict=False, **kwargs)
+        velocity: tuple[Tensor, ...] = self.transformer(x, timestep=t * self.timestep_scale, return_dict=False, **kwargs)
+        return velocity
 
 
 class AuraFlow(SpatialTransformer):
