@@ -112,7 +112,7 @@ def test_the_demo_shows_the_directions_that_are_asked_for(tmp_path, monkeypatch,
 
 def test_the_demos_picture_has_room_for_its_words():
     x = torch.zeros(1, 3, 64, 64)
-    settings = "seed 0, dpmpp_2m_sde, 24 steps, cond_scale 1.5; strength: SAG 1.4, SAG 0.7 + PAG 0.75"
+    settings = "seed 0, dpmpp_2m_sde, 24 steps, cond_scale 1.5; strength: SAG 1.4, SAG 0.98 + PAG 0.98"
     labels = "plain\nordinary sampling", "SAG + PAG\nSelf-Attention and Perturbed-Attention Guidance"
     name = "Travel & Places, fluent-emoji-flat, and more than fits into a line"
     full = picture.demo([(label, x) for label in labels], [name], "The same model and the same noise, sampled two ways", settings)

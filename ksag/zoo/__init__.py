@@ -40,11 +40,11 @@ SETTINGS: dict[str, Any] = {
 16 × 16 in the decoder."""
 
 
-PAG_LAYERS = ("inner_model.u_net.d_blocks.3.2", "inner_model.u_net.d_blocks.3.4")
-"""The layers at 8 × 8 in the encoder."""
+PAG_LAYERS = ("inner_model.u_net.d_blocks.3.2", "inner_model.u_net.d_blocks.3.4", "inner_model.u_net.u_blocks.0.1")
+"""The layers at 8 × 8 in the encoder, and the first one in the decoder."""
 
 
-def directions(sag_scale: float = 0.7, pag_scale: float = 0.75) -> list[Direction]:
+def directions(sag_scale: float = 0.98, pag_scale: float = 0.98) -> list[Direction]:
     """The recommended combination for the bundled model: the blur, layers and sigma range of `SETTINGS`, and PAG.
 
     Args:
