@@ -238,9 +238,8 @@ def test_every_place_that_the_page_names_exists():
 
 MODULES = (
     "samplers", "zoo", "adapters.diffusers", "plot", "explore", "images", "evaluate", "evaluate.features",
-    "attention.find", "attention.families", "attention.families.family", "attention.families.sdpa", "attention.recording",
-    "attention.saliency", "attention.check", "attention.tap", "guidance.cfg", "guidance.blur", "guidance.runs", "guidance.sag",
-    "model.compiled", "model.conditioning", "model.keywords",
+    "attention.find", "attention.families", "attention.families.family", "attention.families.sdpa", "attention.visit",
+    "attention.saliency", "attention.check", "attention.tap", "guidance.cfg", "guidance.blur", "model.compiled", "model.conditioning",
 )  # fmt: skip
 INSIDE = {"Settings", "Result", "Session", "Newest", "Kept", "has_modules"}  # what others are made of
 
