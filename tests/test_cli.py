@@ -221,7 +221,7 @@ def test_help_has_every_option_and_says_when_one_pass_saves_time(command):
 
 def test_sag_and_pag_and_seg_from_the_shell_are_the_librarys(weights, tmp_path, sample):
     up, down = "inner_model.u_net.u_blocks.0.1", "inner_model.u_net.d_blocks.1.2"
-    sample("--steps", 3, "--classes", "cat", "--sag-scale", 0.7, "--pag-scale", 1.5, "--pag-attention", f"{up}, {down}",
+    sample("--steps", 3, "--classes", "cat", "--sag-scale", 0.7, "--pag-scale", 1.5, "--pag-attention", up, "--pag-attention", down,
            "--pag-sigma-range", 0.02, 200, "--pag-every", 2, "--seg-scale", 2, "--seg-blur-sigma", 1, "--seg-attention", down,
            "--out", tmp_path / "x.png")  # fmt: skip
     directions = [ksag.SAG(0.7), ksag.PAG(1.5, [up, down], sigma_range=(0.02, 200.0), every=2), ksag.SEG(2.0, 1.0, down)]

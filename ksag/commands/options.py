@@ -180,6 +180,8 @@ def flag_of(name: str) -> str:
 
 def _check(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     """By the library's own check, so that a bad value is an error before the model is loaded."""
+    if param.multiple:
+        value = [path for paths in value for path in paths] or None
     owner, setting, *_ = OPTIONS[str(param.name)]
     check = CHECKS.get(setting, getattr(getattr(owner, setting, None), "check", None))
     try:
@@ -196,7 +198,14 @@ def _guidance_option(name: str) -> Callable[[Function], Function]:
         flag, shown = f"{flag}/--no-{flag[2:]}", flag[2:] if value else f"no-{flag[2:]}"
     metavar = {"sigma_range": "LOW HIGH", "attention": "PATHS" if option.type is layers else "PATH"}.get(option.setting)
     return click.option(
-        flag, type=option.type, default=None, callback=_check, metavar=metavar, show_default=shown, help=option.help
+        flag,
+        type=option.type,
+        default=None,
+        multiple=option.type is layers,
+        callback=_check,
+        metavar=metavar,
+        show_default=shown,
+        help=option.help,
     )
 
 

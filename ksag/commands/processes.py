@@ -105,7 +105,10 @@ def this_process(device: torch.device) -> Iterator[Process]:
     from torch.distributed import PrefixStore  # not every build of PyTorch has it
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=10)))
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=10)))
+    except RuntimeError as error:
+        raise RuntimeError(f"The {os.environ['WORLD_SIZE']} processes did not all start: {error}") from error
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
         torch.cuda.set_device(device)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from ksag.evaluate.features import Extractor
 from ksag.zoo import files
@@ -65,12 +66,12 @@ def load_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:
                 raise ValueError(f"{path} has more than 8 bits a channel: save it as 8-bit RGB.")
             if "A" in image.getbands() or "transparency" in image.info:
                 raise ValueError(f"{path} is transparent: save it as RGB, on the background that it is to be judged on.")
-            pixels = image.convert("RGB").tobytes()
+            picture: Tensor = pil_to_tensor(image.convert("RGB"))
+            return picture
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large: {error}") from error
     except (OSError, SyntaxError) as error:  # Pillow's for a damaged PNG is a SyntaxError
         raise OSError(f"{path} is damaged, or not a picture: {error}") from error
-    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(h, w, 3).permute(2, 0, 1)
 
 
 def batches(paths: Sequence[Path], batch_size: int, size: tuple[int, int] | None = None) -> Iterator[Tensor]:
