@@ -77,7 +77,7 @@ def list_attention(inner_model: nn.Module) -> AttentionLayers:
     ...
     """
     layers = [
-        AttentionLayer(path, family.name, getattr(layer, family.heads, None), *_seen(layer))
+        AttentionLayer(path, family.name, getattr(layer, family.heads, getattr(layer, "num_heads", None)), *_seen(layer))
         for path, layer, family in supported_layers(inner_model)
     ]
     return AttentionLayers(layers or [_of_no_family(path, module) for path, module in named_like_attention(inner_model)])

@@ -1,4 +1,4 @@
-"""Which submodules of a layer get a hook, what its arguments are, and the hooks that came along with a copy of a model."""
+"""Which submodules of a layer get a hook, and what its arguments are."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,33 +22,3 @@ def sources(layer: nn.Module, family: Family | None) -> dict[str, nn.Module]:
     names = (*family.outputs, *family.inputs, *([family.projection] if family.projection else []))
     found = {name: resolve(layer, name) for name in names}
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
-
-
-class Copied:
-    """The owner of the hooks on a copied model, until they are removed: whatever they ask of it is None."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args: Any) -> None:
-        return None
-
-
-def copied() -> Copied:
-    return Copied()
-
-
-def remove_copied_hooks(root: nn.Module) -> None:
-    """Removes the hooks that came with a copy of a model that had been tapped."""
-    for module in root.modules():
-        for hooks, flags in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs),
-        ):
-            for i, hook in list(hooks.items()):
-                method = getattr(hook, "func", hook)  # of a functools.partial
-                if isinstance(getattr(method, "__self__", method), Copied):
-                    del hooks[i]
-                    flags.pop(i, None)

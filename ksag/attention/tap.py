@@ -21,9 +21,10 @@ from ksag.attention.families import Attention, sdpa
 from ksag.attention.families.diffusers import attention_backend
 from ksag.attention.families.family import Grid
 from ksag.attention.find import WATCHERS, find_attention, hint
-from ksag.attention.hooks import copied, described_arguments, remove_copied_hooks, sources
+from ksag.attention.hooks import described_arguments, sources
 from ksag.attention.visit import Edit, Formula, Visit
 from ksag.model import compiled
+from ksag.model.copied import copied, remove_copied_hooks
 from ksag.model.threads import PerThread
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ksag.attention.families import compvis, diffusers, k_diffusion, lucidrains, nvlabs, openai, stable_audio, timm, transformers
 from ksag.attention.families.family import Attention, Family, Seen
+from ksag.attention.families.refused import BY_NAME
 
 FAMILIES: list[Family] = [
     *k_diffusion.FAMILIES,
@@ -37,4 +38,6 @@ def family_of(layer: nn.Module, path: str, parent: nn.Module) -> Family | None:
     >>> family_of(Attention(32), "mid_block.attn1", nn.Module()).name
     'diffusers Attention'
     """
+    if type(layer).__name__ in BY_NAME:
+        return None
     return next((family for family in FAMILIES if family.matches(layer, path, parent)), None)

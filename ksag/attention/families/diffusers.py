@@ -49,7 +49,12 @@ def attention_backend(layer: nn.Module) -> str | None:
 
 def _is_attention(layer: Any, path: str, parent: nn.Module) -> bool:
     has_parts = has_modules(layer, "to_q", "to_k", "to_v", "to_out") and hasattr(layer, "heads") and hasattr(layer, "processor")
-    return has_parts and not (_is_joint(layer) or _is_cross_attention(layer))
+    return has_parts and not (_is_joint(layer) or _is_cross_attention(layer) or is_in_refiner(path))
+
+
+def is_in_refiner(path: str) -> bool:
+    """Whether a layer's block refines the text, or the image before the text joins it."""
+    return any("refiner" in name for name in path.split(".")[-3:])
 
 
 def _is_joint(layer: Any) -> bool:
@@ -57,8 +62,8 @@ def _is_joint(layer: Any) -> bool:
 
 
 def _is_cross_attention(layer: Any) -> bool:
-    sizes = (getattr(to, "in_features", None) for to in (layer.to_q, layer.to_k))
-    return bool(getattr(layer, "is_cross_attention", False)) or len(set(sizes)) == 2
+    sizes = {getattr(to, "in_features", None) for to in (layer.to_q, layer.to_k)}  # None if something took a projection's place
+    return bool(getattr(layer, "is_cross_attention", False)) or (None not in sizes and len(sizes) == 2)
 
 
 def _read(layer: Any, seen: Seen) -> Attention | None:
@@ -68,7 +73,7 @@ def _read(layer: Any, seen: Seen) -> Attention | None:
     q, k, v = qkv
     # norm_q and norm_k need not be used
     q, k = _by_head(seen.get("norm_q", [q])[0], q.shape[1]), _by_head(seen.get("norm_k", [k])[0], k.shape[1])
-    return from_tokens(q, k, v, layer.heads, layer.scale)
+    return from_tokens(q, k, v, layer.heads, getattr(layer, "scale", None))
 
 
 def _by_head(x: Tensor, tokens: int) -> Tensor:
@@ -100,7 +105,7 @@ def _read_added_keys(layer: Any, seen: Seen) -> Attention | None:
         return None
     q, k, v, text_k, text_v = (seen[name][0] for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj"))
     k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
-    return from_tokens(q, k, v, layer.heads, layer.scale)._replace(tokens="last")
+    return from_tokens(q, k, v, layer.heads, getattr(layer, "scale", None))._replace(tokens="last")
 
 
 ADDED_KEYS = Family(

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ksag.attention.families.diffusers import MIDDLE, projected
+from ksag.attention.families.diffusers import MIDDLE, is_in_refiner, projected
 from ksag.attention.families.family import Attention, Family, Seen, Tokens
 
 TOKENS: dict[str, Tokens] = {
@@ -72,9 +72,8 @@ NAMES = ("attn", "attn1", "attention", "self_attn", "self_attention")
 def _is_in(tokens: Tokens, ragged: bool = False) -> Callable[[Any, str, nn.Module], bool]:
     def matches(layer: Any, path: str, parent: nn.Module) -> bool:
         block, name = type(parent).__name__, path.rpartition(".")[2]
-        if name not in NAMES or "refiner" in path:  # blocks that refine the text, or the image before the text joins it
-            return False
-        return TOKENS.get(block) == tokens and (block in RAGGED) == ragged
+        is_one = name in NAMES and TOKENS.get(block) == tokens and (block in RAGGED) == ragged
+        return is_one and not is_in_refiner(path)
 
     return matches
 
