@@ -202,7 +202,7 @@ class explore(widgets.VBox):  # type: ignore[misc]
         self.error = ""
         self._last: Result | None = None
         self._progress = widgets.FloatProgress(max=1.0, style={"description_width": "initial"})
-        self._image, self._text = widgets.Image(), widgets.Output()
+        self._image, self._text = widgets.Image(layout={"align_self": "flex-start", "max_width": "100%"}), widgets.Output()
         self._hidden, self._static = widgets.Box(layout={"display": "none"}), None
         left = widgets.VBox(list(self.controls.values()), layout={"flex": "1 1 300px", "max_width": "400px"})
         right = widgets.VBox([self._progress, self._image], layout={"flex": "1 1 400px"})
