@@ -156,7 +156,10 @@ class GuidedDenoiser(nn.Module):
         given = {name: value for name, value in given.items() if name in words and value is not None}
         call = functools.partial(Call, x, sigma, cond, base, lambda x: self._ask([Part(x, base)], sigma, kwargs)[0][0])
         of_directions = zip(self.directions, run.tracks, self._hooks.of, strict=True)
-        plans = [plan for of_one in of_directions if (plan := make_plan(*of_one, call, given)) is not None]
+        plans = []
+        for of_one in of_directions:  # a comprehension would be another frame between a warning and its cause
+            if (plan := make_plan(*of_one, call, given)) is not None:
+                plans.append(plan)
         if plans and self._hooks.closed:
             raise RuntimeError(f"This {type(self).__name__} was closed, so its hooks are gone. Make a new one.")
         return plans, kwargs

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ksag.model import compiled
 from ksag.model.conditioning import leaves, transform
+from ksag.model.copied import copied, remove_copied_hooks
 from ksag.model.threads import PerThread
 
 Replace: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
@@ -56,8 +57,12 @@ class ModuleTap:
         parts = self.path.split(".")
         self._root, self._around = inner_model, [inner_model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
         compiled.refuse(self._around, self.path)
+        remove_copied_hooks(inner_model)
         self._visit: PerThread[ModuleVisit | None] = PerThread(lambda: None)
         self._handle = inner_model.get_submodule(self.path).register_forward_hook(self._replace, with_kwargs=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copied, ()
 
     to_check = False
 
