@@ -87,7 +87,6 @@ class GuidedDenoiser(nn.Module):
         weakref.finalize(self, self._hooks.close)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Checks the settings, also those that are assigned later."""
         if name in FIXED and "_hooks" in self.__dict__:
             raise AttributeError(f"{name} is chosen when a {type(self).__name__} is made: make a new one, and close() this one.")
         if isinstance(getattr(type(self), name, None), property):
@@ -155,9 +154,8 @@ class GuidedDenoiser(nn.Module):
         kwargs = {name: value for name, value in given.items() if name not in words}
         given = {name: value for name, value in given.items() if name in words and value is not None}
         call = functools.partial(Call, x, sigma, cond, base, lambda x: self._ask([Part(x, base)], sigma, kwargs)[0][0])
-        of_directions = zip(self.directions, run.tracks, self._hooks.of, strict=True)
         plans = []
-        for of_one in of_directions:  # a comprehension would be another frame between a warning and its cause
+        for of_one in zip(self.directions, run.tracks, self._hooks.of, strict=True):  # a comprehension would put a frame before a warning's cause
             if (plan := make_plan(*of_one, call, given)) is not None:
                 plans.append(plan)
         if plans and self._hooks.closed:
@@ -252,8 +250,6 @@ class GuidedDenoiser(nn.Module):
 
     sigmas, get_sigmas, sigma_min, sigma_max = map(of_inner_model, ("sigmas", "get_sigmas", "sigma_min", "sigma_max"))
     sigma_data, sigma_to_t, t_to_sigma = map(of_inner_model, ("sigma_data", "sigma_to_t", "t_to_sigma"))
-
-    # Copies, and how it shows
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name not in OWN}

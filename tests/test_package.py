@@ -97,11 +97,13 @@ def test_a_package_that_is_missing_has_no_version(monkeypatch):
     assert versions.versions().endswith("\nno-such-package not installed")
 
 
-def test_the_readmes_example_runs():
+def test_the_readmes_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "zoo" in block)
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["images"].shape == (2, 3, 64, 64) and 0.1 < names["images"].std() < 1
+    assert (tmp_path / "emoji.png").stat().st_size > 1000
 
 
 def test_every_file_that_these_pages_link_to_exists():

@@ -72,6 +72,7 @@ class Attention(NamedTuple):
         return self.v[:, :, self.of_image(self.v.shape[2])]
 
     def detach(self) -> "Attention":
+        """The same without gradients."""
         q, k, v, mask = (x if x is None else x.detach() for x in (self.q, self.k, self.v, self.mask))
         assert q is not None and k is not None
         return self._replace(q=q, k=k, v=v, mask=mask)
