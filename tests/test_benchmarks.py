@@ -1,144 +1,161 @@
 """The figures in the README and on the pages are those that benchmarks/gpu.json and benchmarks/quality.jsonl hold."""
 
 import json
-import statistics
-from pathlib import Path
+import re
 
-import comfyui
 import gpu
+import pytest
+import quality_table
+from quality_plan import methods_of, plain_at
 
-ROOT = Path(__file__).parents[1]
+from tests.emoji_packages import ROOT
+
 RUN = json.loads((ROOT / "benchmarks/gpu.json").read_text())
+RESULTS, CHOICE = quality_table.load(ROOT / "benchmarks")
+BATCH_ONE = {case["model"]: case for case in RUN["cases"] if case["batch"] == 1}
 
 
-def test_the_page_is_the_report_of_the_run():
-    assert (ROOT / "docs/gpu.md").read_text() == gpu.report(RUN)
+def page(name):
+    return (ROOT / name).read_text()
 
 
-def test_the_readme_has_the_medians_of_the_run():
-    readme = (ROOT / "README.md").read_text()
-    assert [(r["model"], r["side"], r["batch"]) for r in RUN["steps"]] == gpu.TIMED
-    for result in RUN["steps"]:
-        times = result["times"]
-        names = [
-            *(gpu.key(form, gpu.EAGER) for form in (gpu.CFG, gpu.SAG, gpu.ONE)), gpu.PIPELINE,
-            *(gpu.key(form, gpu.GRAPHED) for form in (gpu.CFG, gpu.SAG, gpu.ONE, gpu.THIRD)),
-        ]  # fmt: skip
-        medians = (f"{statistics.median(times[name]) * 1e3:.1f} ms" if name in times else "" for name in names)
-        row = "|".join(f" {cell} " if cell else " " for cell in (gpu.case(result), *medians))
-        assert f"\n|{row}|\n" in readme
+def flat(name):
+    return " ".join(page(name).split())
 
 
-BATCH_ONE = [r for r in RUN["steps"] if (r["model"], r["side"], r["batch"]) in (("SD 1.5", 64, 1), ("SDXL", 128, 1))]
-NAMES = {gpu.SAG: "exact SAG", gpu.ONE: "one pass", gpu.THIRD: "one pass at every third call"}
+def ratio(case, name, over):
+    return gpu.quartiles(case["times"], name, over)[1]
 
 
-def over_plain(times, form, mode):
-    return statistics.median(a / b for a, b in zip(times[gpu.key(form, mode)], times[gpu.key(gpu.CFG, mode)], strict=True))
+def over_plain(model, form, mode=gpu.GRAPHED):
+    return ratio(BATCH_ONE[model], gpu.key(form, mode), gpu.key(gpu.CFG, mode))
 
 
-def test_the_readmes_table_of_costs_is_that_of_the_run():
-    readme = (ROOT / "README.md").read_text()
-    for result in BATCH_ONE:
-        for form, name in NAMES.items():
-            memory = result["peaks"][gpu.key(form, gpu.EAGER)] / result["peaks"][gpu.key(gpu.CFG, gpu.EAGER)]
-            times = (f"{over_plain(result['times'], form, mode):.2f}" for mode in (gpu.EAGER, gpu.GRAPHED))
-            assert f"\n| {result['model']}, batch 1: {name} | {' | '.join(times)} | {memory:.2f} |\n" in readme
+def over_floor(model, form):
+    return ratio(BATCH_ONE[model], gpu.key(form, gpu.GRAPHED), gpu.key(gpu.FLOORS[form], gpu.GRAPHED))
 
 
-def test_the_performance_pages_first_table_is_that_of_the_run():
-    page = (ROOT / "docs/performance.md").read_text()
-    for form, mode in (
-        (gpu.SAG, gpu.EAGER),
-        (gpu.ONE, gpu.EAGER),
-        (gpu.SAG, gpu.GRAPHED),
-        (gpu.ONE, gpu.GRAPHED),
-        (gpu.THIRD, gpu.GRAPHED),
-    ):
-        ratios = " | ".join(f"{over_plain(result['times'], form, mode):.2f}" for result in BATCH_ONE)
-        assert f"\n| {NAMES[form]}, {mode} | {ratios} |\n" in page
+def span(values):
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+# Times
+
+
+def test_the_page_of_times_is_the_report_of_the_run():
+    assert page("docs/gpu.md") == gpu.report(RUN)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_tables_of_times_are_medians_of_the_run(name):
+    readme = name == "README.md"
+    forms = (gpu.EXACT, gpu.ONE, gpu.PAG, gpu.BOTH) if readme else (gpu.EXACT, gpu.ONE, gpu.THIRD, gpu.PAG, gpu.BOTH)
+    for model, case in BATCH_ONE.items():
+        if not readme or model in gpu.UNETS:
+            first = model if readme else f"{model}, {case['side']} × {case['side']}"
+            cells = [first, *(f"{over_plain(model, form):.2f}" for form in forms)]
+            assert f"\n| {' | '.join(cells)} |\n" in page(name)
 
 
 def test_the_performance_page_says_what_the_run_says():
-    page = " ".join((ROOT / "docs/performance.md").read_text().split())
-    small = BATCH_ONE[0]
-    times = small["times"]
+    text = flat("docs/performance.md")
+    one = span([over_plain(model, gpu.ONE) for model in gpu.UNETS])
+    exact = span([over_plain(model, gpu.EXACT) for model in gpu.UNETS])
+    assert f"in one pass takes {one} times as long as plain" in text
+    assert f"computes: {one} for one pass, {exact} for exact SAG." in text
+    one, exact = (span([over_plain(model, form, gpu.EAGER) for model in gpu.UNETS]) for form in (gpu.ONE, gpu.EXACT))
+    assert f"SAG in one pass takes {one} times as long as plain guidance on the UNets, and exact SAG {exact} times" in text
+    added = [100 * over_floor(model, form) - 100 for model in gpu.UNETS for form in gpu.FLOORS]
+    assert f"ksag adds {min(added):.0f} to {max(added):.0f} % to the floor on the UNets" in text
+    sd3, sd3_one, flux = (100 * over_floor(*each) - 100 for each in
+                          (("SD3 medium", gpu.EXACT), ("SD3 medium", gpu.ONE), ("Flux dev", gpu.EXACT)))  # fmt: skip
+    assert f"On SD3, SAG takes {sd3:.0f} % more than the bare passes (in one pass {sd3_one:.0f} %)" in text
+    assert f"on Flux it takes {flux:.0f} % more" in text
+    assert all(over_floor(model, gpu.PAG) < 1.015 for model in gpu.TRANSFORMERS)  # PAG adds 1 % or less
+    small = BATCH_ONE["SD 1.5"]
+    forms = [gpu.key(*each) for each in ((gpu.EXACT, gpu.EAGER), (gpu.ONE, gpu.EAGER), (gpu.ONE, gpu.GRAPHED))]
+    exact, one, graphed = (ratio(small, gpu.PIPELINE, form) for form in forms)
+    assert f"takes {exact:.2f} times as long as ksag's exact SAG on Stable Diffusion 1.5, {one:.2f} times" in text
+    assert f"and {graphed:.1f} times as long as one pass with CUDA graphs" in text
+    rounds = [len(times) for case in RUN["cases"] for times in case["times"].values()]
+    assert f"Medians of {min(rounds)} to {max(rounds)} rounds" in text
 
-    def over(name, other, times=times):
-        return [a / b for a, b in zip(times[name], times[other], strict=True)]
 
-    one_eager, one_graphed = (gpu.key(gpu.ONE, mode) for mode in (gpu.EAGER, gpu.GRAPHED))
-    node = statistics.median(over(comfyui.SAG, comfyui.CFG))
-    eager, graphed = (statistics.median(over(gpu.PIPELINE, name)) for name in (one_eager, one_graphed))
-    assert f"ComfyUI's own node takes {node:.2f} times its plain step" in page
-    assert f"{eager:.2f} times as long as one pass, eager, and {graphed:.2f} times as long as one pass with CUDA graphs" in page
-    third, third_of_xl = (over_plain(result["times_in_a_run"], gpu.THIRD, gpu.GRAPHED) for result in BATCH_ONE)
-    assert f"CUDA graphs, in `sample_euler` | {third:.2f} | {third_of_xl:.2f} |" in page
-    assert f"in `sample_euler` it is {third:.2f}" in page
-    parameters = (ROOT / "docs/parameters.md").read_text()
-    for form, name in (
-        (gpu.SAG, "exact"),
-        (gpu.ONE, "`one_pass=True`"),
-        (gpu.THIRD, "`one_pass=True, every=3`, 1.4 times as strong"),
-    ):
-        cost = over_plain(small["times_in_a_run"], form, gpu.GRAPHED)
-        assert f"\n| {name} | {cost:.2f} | " in parameters
-    (low, _, high), (bare_low, _, bare_high), (least, _, most) = (
-        statistics.quantiles(ratios, n=4)
-        for ratios in (
-            over(one_eager, gpu.key(gpu.CFG, gpu.EAGER)), over(one_eager, gpu.key(gpu.FLOOR_ONE, gpu.EAGER)),
-            over(gpu.PIPELINE, one_graphed),
+def test_the_performance_page_says_what_memory_the_run_needed():
+    for model in BATCH_ONE.keys() - {"Flux dev"}:  # without uncond
+        peaks = BATCH_ONE[model]["peaks"]
+        one, pag, both = (
+            peaks[gpu.key(form, gpu.EAGER)] / peaks[gpu.key(gpu.CFG, gpu.EAGER)] for form in (gpu.ONE, gpu.PAG, gpu.BOTH)
         )
-    )  # fmt: skip
-    assert f"one pass over plain guidance are {low:.2f} to {high:.2f}, and over its floor {bare_low:.2f} to {bare_high:.2f}" in page
-    assert f"over diffusers' pipeline the quartiles are {least:.1f} to {most:.1f}" in page
-    bare = statistics.median(over(gpu.key(gpu.FLOOR_ONE, gpu.GRAPHED), gpu.key(gpu.CFG, gpu.GRAPHED)))
-    assert f"the three steps' passes alone are {(2 + bare) / 3:.2f}" in page
-    graphed = [
-        over(gpu.key(form, gpu.GRAPHED), gpu.key(floor, gpu.GRAPHED), r["times"])
-        for r in RUN["steps"] for form, floor in gpu.FLOORS.items()
-    ]  # fmt: skip
-    added = [100 * statistics.median(x) - 100 for x in graphed]
-    assert f"ksag adds {min(added):.0f} to {max(added):.0f} % to its passes (CUDA graphs)" in page
-    held = [r["peaks"][gpu.key(gpu.ONE, gpu.EAGER)] / r["peaks"][gpu.key(gpu.FLOOR_ONE, gpu.EAGER)] for r in RUN["steps"]]
-    assert max(held) <= 1.004 and "within 1.004 of the bare pass of 3B" in page
+        assert one == pytest.approx(1.5, abs=0.03) and pag == pytest.approx(1.5, abs=0.03) and both == pytest.approx(2, abs=0.03)
+    assert "one pass and PAG need 1.5 times the activation memory of plain guidance, and both together 2 times" in flat(
+        "docs/performance.md"
+    )
 
 
-def test_the_performance_page_says_what_compiling_gains():
-    page = " ".join((ROOT / "docs/performance.md").read_text().split())
-    small = BATCH_ONE[0]
-    times = small["times"]
-    names = gpu.key(gpu.ONE, gpu.BOTH), gpu.key(gpu.CFG, gpu.BOTH)
-    one, plain = (f"{statistics.median(times[name]) * 1e3:.1f} ms" for name in names)
-    alone, in_a_run = (over_plain(small[kind], gpu.ONE, gpu.BOTH) for kind in ("times", "times_in_a_run"))
-    assert f"takes {one} with CUDA graphs: {alone:.2f} of plain guidance's {plain} in the same mode" in page
-    assert f"(in `sample_euler` {in_a_run:.2f})" in page
-    pipeline = statistics.median(a / b for a, b in zip(times[gpu.PIPELINE], times[names[0]], strict=True))
-    assert f"pipeline takes {pipeline:.2f} times as long." in page
+# Quality
 
 
-def test_the_readmes_table_of_quality_is_that_of_the_rows():
-    readme = (ROOT / "README.md").read_text()
-    rows = [json.loads(line) for line in (ROOT / "benchmarks/quality.jsonl").read_text().splitlines()]
-    chosen = json.loads((ROOT / "benchmarks/quality_choice.json").read_text())
-    for sampler in ("euler", "dpmpp_2m"):
-        for name, sag in (("plain", None), ("SAG", chosen["settings"])):
-            found = [
-                r for r in rows
-                if (r["row"]["sampler"], r["row"]["steps"], r["row"]["n"], r["row"]["cond_scale"]) == (sampler, 24, 5000, None)
-                and dict(r["row"]["schedule"]) == chosen["schedule"] and (dict(r["row"]["sag"]) if r["row"]["sag"] else None) == sag
-            ]  # fmt: skip
-            assert sorted(r["row"]["seeds"] for r in found) == [2, 3, 4]
-            first = [next(iter(r["measures"].values())) for r in found]
-            mean = {key: statistics.mean(m[key] for m in first) for key in first[0]}
-            fd = f"{mean['fd']:.2f} ± {statistics.stdev(m['fd'] for m in first):.2f}"
-            shown = f"**{fd}**" if sag else fd
-            cells = [
-                f"`{sampler}`, {name}",
-                shown,
-                f"{1000 * mean['kid']:.1f}",
-                f"{mean['precision']:.3f}",
-                f"{mean['recall']:.3f}",
-            ]
-            evaluations = f"{found[0]['evaluations']:g}"
-            assert f"| {' | '.join([*cells, evaluations])} |" in readme
+def fd_cells(model, sampler, method):
+    """FD of plain sampling at 24 steps, of plain sampling at equal evaluations, and guided."""
+    rows = quality_table.main_rows(RESULTS, CHOICE, model, sampler)
+    (row,) = (row for name, row in rows if name == method)
+    plain, equal, guided = (f"{quality_table.fd(RESULTS[each]):.2f}" for each in (row.plain, row.equal, row))
+    return f"{plain} | {equal} | **{guided}**"
+
+
+def test_the_readmes_table_of_quality_is_measured():
+    for sampler in quality_table.MAIN:
+        assert f"\n| `{sampler}` | {fd_cells('emoji', sampler, 'SAG + PAG')} |\n" in page("README.md")
+
+
+def test_the_evaluation_pages_table_is_measured():
+    names = {"UNet": "emoji", "transformer": "emoji-flow"}
+    rows = re.findall(r"^\| (UNet|transformer), `(\w+)`, (.*?) \| (.* \| .* \| .*) \|$", page("docs/evaluate.md"), re.M)
+    assert len(rows) == 6
+    for model, sampler, method, cells in rows:
+        assert cells == fd_cells(names[model], sampler, method.replace(" in one pass", ", one pass"))
+
+
+def test_the_evaluation_page_says_what_was_measured():
+    text = flat("docs/evaluate.md")
+
+    def ratios(model, method):
+        rows = (dict(quality_table.main_rows(RESULTS, CHOICE, model, sampler))[method] for sampler in quality_table.MAIN)
+        return " and ".join(f"{quality_table.fd(RESULTS[row]) / quality_table.fd(RESULTS[row.equal]):.2f}" for row in rows)
+
+    assert f"with equal evaluations ({ratios('emoji', 'SEG')} times its FD), and its recall is lower" in text
+    assert f"with equal evaluations ({ratios('emoji-flow', 'SAG')} times its FD)" in text
+    flow = {name: RESULTS[row] for name, row in quality_table.main_rows(RESULTS, CHOICE, "emoji-flow", "euler")}
+    plain, pag, seg, both = (quality_table.fd(flow[name]) for name in ("plain", "PAG", "SEG", "SAG + PAG"))
+    assert f"FD rises from {plain:.1f} to {pag:.1f} with PAG and to {seg:.0f} with SEG" in text
+    assert f"SAG + PAG also makes it worse ({both:.1f})" in text
+    guided, equal = (quality_table.seconds(flow[name]) for name in ("SAG", "plain, 35 steps"))
+    assert f"{guided:.2f} s with SAG against {equal:.2f} s for 1,000 pictures" in text
+
+
+def test_the_page_says_how_the_settings_were_chosen_and_what_is_missing():
+    assert {method["tried"] for model in CHOICE.values() for method in model["methods"].values()} == {4}
+    report = [row for row in RESULTS if row.seeds == quality_table.SEEDS]
+    assert {row.seeds for row in RESULTS} == {1, quality_table.SEEDS}
+    assert {row.sampler for row in report} == set(quality_table.MAIN) and {row.cond_scale for row in report} == {None}
+    assert {len(result["measures"]) for result in RESULTS.values()} == {1}  # judges
+    there = {row.directions for row in report if (row.model, row.sampler) == ("emoji-flow", "dpmpp_2m")}
+    assert {name for name, way in methods_of(CHOICE["emoji-flow"]).items() if way not in there} == {"SAG + PAG", "SAG, every 2"}
+
+
+def test_the_picture_shows_what_the_page_says():
+    """The picture's claims: PAG is below plain sampling at equal evaluations, and SAG is not with few of them."""
+    curves = quality_table.along(RESULTS, CHOICE, "emoji", "euler")
+
+    def over_curve(name):
+        plain = {result["evaluations"]: quality_table.fd(result) for result in curves["plain"].values()}
+        return {r["evaluations"]: quality_table.fd(r) / plain_at(r["evaluations"], plain) for r in curves[name].values()}
+
+    assert max(over_curve("PAG").values()) < 1
+    for name in ("SAG", "SAG + PAG"):
+        assert all((over < 1) == (evaluations > 20) for evaluations, over in over_curve(name).items())
+
+
+def test_every_guided_row_was_measured_without_broken_samples():
+    assert sum(result["not_finite"] for result in RESULTS.values()) == 0

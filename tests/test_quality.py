@@ -17,6 +17,8 @@ import click
 import pytest
 import quality
 import quality_plan
+import quality_plot
+import quality_table
 import torch
 from click.core import ParameterSource
 from PIL import Image
@@ -212,6 +214,46 @@ def test_the_settings_to_start_from_name_layers_of_the_models():
             assert f"inner_model.u_net.{layer}" in layers
 
 
+# The table and the picture
+
+
+def some_results():
+    """Plain sampling has FD 100 / steps, and every method 60 / steps."""
+    results = {}
+    for row in quality_plan.report_rows(some_choice()):
+        measures = {"fd": (60 if row.directions else 100) / row.steps, "kid": 0.01, "precision": 0.8, "recall": 0.6}
+        results[row] = {"measures": {"judge": measures}, "evaluations": row.evaluations, "seconds": [1.0, 2.0, 9.0], "batch": 500}
+    return results
+
+
+def test_the_table_divides_by_plain_at_equal_steps_and_at_equal_evaluations():
+    choice = some_choice()
+    row = dict(quality_table.main_rows(some_results(), choice, "emoji", "euler"))["PAG"]
+    cells = quality_table.method_cells(row, "PAG", some_results())
+    over_equal = 60 / 24 / (100 / row.equal.steps)
+    assert cells == ["PAG", f"{row.evaluations:g}", "4.00", "2.50", "0.60", f"{over_equal:.2f}", "10.0", "0.800, 0.600"]
+    without = {each: result for each, result in some_results().items() if each != row.equal}
+    assert quality_table.method_cells(row, "PAG", without)[5] == ""
+
+
+def test_the_page_has_only_what_was_measured():
+    choice, results = some_choice(), some_results()
+    whole = quality_table.page(results, choice)
+    assert whole.count("\n| SAG + PAG |") == 4 and "| 24 | 4.17 (24) | 2.50 (" in whole
+    some = {row: result for row, result in results.items() if row.model == "emoji" and row.sampler == "euler"}
+    part = quality_table.page(some, choice)
+    assert part.count("\n| SAG + PAG |") == 1 and "`dpmpp_2m`" not in part
+
+
+def test_the_stored_page_and_picture_are_those_of_the_stored_rows():
+    stored = quality_table.load(ROOT / "benchmarks")
+    assert (ROOT / "docs/quality.md").read_text() == quality_table.page(*stored)
+    figure = quality_plot.draw(quality_table.along(*stored, "emoji", "euler"))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["plain", "SAG", "PAG", "SAG + PAG"]
+    with Image.open(ROOT / "docs/evaluations.png") as image:
+        assert image.size == tuple(figure.canvas.get_width_height())
+
+
 # The classifier
 
 
@@ -348,7 +390,7 @@ def shortened(line):
 def test_the_pages_commands_and_python_run(tmp_path, monkeypatch, whose):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    section = PAGE.split("## A model of your own")[whose == "own"].split("## What the measures mean")[0]
+    section = PAGE.split("## Your own model")[whose == "own"].split("## What the measures mean")[0]
     if whose == "own":
         save_small_model("mine.safetensors")
         invoke("sample", "--weights", "mine.safetensors", "--n", 4, "--steps", 2, "--seed", 7, "--out", "photos", "--device", "cpu")
