@@ -26,8 +26,8 @@ class FlowDenoiser(nn.Module):
 
     Sampling starts at t = 0.9999 instead of 1, because sigma is infinite there. The first sigma is 9999. Compared with Euler
     steps from t = 1, this changed the images of small random models by 0.01 % to 0.1 % of their norm. Only
-    `K.sampling.sample_heun` needs a shorter first step if the shift is below 3: set `sigmas[0] = 10 * sigmas[1]`. On normally
-    distributed data, with 24 steps and no shift, this reduces its error from 40 to 1.3 %.
+    `K.sampling.sample_heun` needs a shorter first step: set `sigmas[0] = 10 * sigmas[1]`. On normally distributed data, with 24
+    steps, this reduces its error from 40 to 1.3 % without a shift, and from 1.2 to 0.13 % with a shift of 3.
 
     A shift s multiplies every sigma by s (Esser et al. 2024, arXiv:2403.03206, section 5.3.2).
 
