@@ -1,4 +1,4 @@
-"""Does ksag do what the steps say, whatever the model and settings?  `python scripts/campaign.py --cases 10000`
+"""Random models, directions and settings against the formulas: `python scripts/campaign.py --cases 10000`
 
 Random cases of `tests/campaign.py`, each against the steps in float64. A failure prints the line that runs this one case again.
 

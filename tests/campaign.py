@@ -1,8 +1,8 @@
 """A seeded campaign of random cases: model × shape × dtype × nesting × directions × settings × run, against float64.
 
 Cases of one scene share the model, the latent and the conditionings. `tests/test_campaign.py` runs some, `scripts/campaign.py` as
-many as you like. The attention is the one that the layer applied, in a copy of the model in float64: the arguments of its call of
-`scaled_dot_product_attention`, or the result of its softmax; and there it is perturbed.
+many as you like. The attention is recorded and perturbed in a float64 copy of the model: the arguments of the layer's call of
+`scaled_dot_product_attention`, or the result of its softmax.
 """
 
 import contextlib
@@ -257,7 +257,7 @@ class Scene:
     """Others, and among them maybe `table`, which all samples share."""
 
     def arguments(self, cond: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
-        """As the model is called, anew each time, because it may empty what it is given."""
+        """The keywords of a model call, made for each call, because a model may empty its containers."""
         keywords = {name: converted(value, dtype) for name, value in self.keywords.items()}
         if cond is None:
             return keywords
@@ -304,7 +304,7 @@ class Scene:
         return prediction
 
     def margin(self, path: str) -> Tensor:
-        """How far a saliency may be from the exact one: rounding as the reference's own, and that of float32's sums."""
+        """How far a saliency may be from the exact one: 8 times the rounding of the reference, and that of float32 sums."""
         return 8 * self.rounding[path] + 1e-5 * (1 + self.predictions[2][path])
 
 

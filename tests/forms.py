@@ -1,6 +1,6 @@
-"""Every way of guiding, alone and together, and a tiny model on which each of them takes milliseconds.
+"""Every direction, alone and combined, and a tiny model on which each takes milliseconds.
 
-What holds for one of them holds for all: tests that are parametrised by `FORMS` say so.
+Tests of what every direction must do are parametrised by `FORMS`.
 """
 
 from collections.abc import Callable, Sequence

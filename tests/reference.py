@@ -1,6 +1,6 @@
 """The design's seven steps once more, in float64, sharing nothing with the package but the inner model.
 
-The attention is the one that the layer applied: its arguments to scaled_dot_product_attention, as they were called.
+The attention is recorded as the layer applies it: its arguments to scaled_dot_product_attention, as they were called.
 The blur is SciPy's.
 """
 

@@ -1,4 +1,4 @@
-"""Does ksag do what the steps say, whatever the model, shape, dtype, nesting and settings?  scripts/campaign.py runs more cases."""
+"""Random models, shapes, dtypes, nestings and settings against the formulas. scripts/campaign.py runs more cases."""
 
 import inspect
 import itertools
@@ -50,7 +50,7 @@ def test_the_cases_meet_everything():
 
 
 def failures(kind, count, wanted=lambda direction: True):
-    """Those that fail of the first cases with such a direction."""
+    """The failing cases among the first `count` with such a direction."""
     cases = (campaign.case(SEED, number) for number in range(CASES))
     with_it = (case.number for case in cases if any(d.kind == kind and wanted(d) for d in case.directions))
     return [number for number in itertools.islice(with_it, count) if campaign.run(SEED, number).kind == campaign.FAILED]

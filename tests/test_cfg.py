@@ -1,4 +1,4 @@
-"""The rules for step 2: each gives what its paper's formula says, alone, beside SAG, and along the runs of k-diffusion's samplers.
+"""The rules for classifier-free guidance against the formulas of their papers: alone, with SAG, and in runs of samplers.
 
 The formulas are written once more here, in NumPy and float64.
 """
@@ -226,7 +226,7 @@ def run(model, sampler=euler, seed=0, size=(6, 8), cond_scale=4.0, sigmas=SIGMAS
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("sag_scale", [0.0, 0.8])
+@pytest.mark.parametrize("sag_scale", [pytest.param(0.0, marks=pytest.mark.slow), 0.8])
 def test_a_run_is_what_the_formula_gives(denoiser, rule, sampler, sag_scale):
     guided = wrap(denoiser, rule, sag_scale=sag_scale)
     expected = run(Reference(denoiser, RULES[rule][1](), sag_scale), sampler)
@@ -253,7 +253,7 @@ def test_two_runs_after_each_other_are_two_runs_alone(denoiser, momentum, sample
 
 
 def two_calls(denoiser, momentum, between=lambda guided: None, second=None):
-    """The second call at a slightly lower sigma: what it is after the first, and what it is alone."""
+    """The second call at a slightly lower sigma, after the first and alone."""
     x, sigma, cond, uncond = inputs()
     args = {"cond": cond, "uncond": uncond, "cond_scale": 4.0}
     guided = wrap(denoiser, momentum)

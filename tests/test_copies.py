@@ -46,7 +46,13 @@ def deeply_copied(request):
     return DEEP[request.param]
 
 
-@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize(
+    ("copied", "form"),
+    [
+        *((pickled, form) for pickled in [COPIES["pickle"]] for form in forms.FORMS),
+        *((copied, form) for copied in COPIES.values() for form in ("SAG and PAG", "a user's own")),
+    ],
+)
 def test_a_copy_guides_as_the_original(copied, form):
     guided = forms.wrap(form)
     expected = forms.run(guided)

@@ -1,4 +1,4 @@
-"""PAG, SEG and directions of a user's own: what each row attends to, whole steps, whole runs, and what the model is asked."""
+"""PAG, SEG and a user's own directions: which rows change and how, guided steps and runs against formulas, and the model calls."""
 
 import functools
 import math

@@ -24,7 +24,7 @@ gc.freeze()  # so that gc.collect() looks at what a test made, and not at all of
 
 
 class Guidable(nn.Module):
-    """A stand-in for a denoiser with an attention of no family, which is read through scaled_dot_product_attention."""
+    """A denoiser with an attention of no family, which is read through scaled_dot_product_attention."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ ERRORS = [Fault, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration]
 
 
 def faults(guided, places=tuple(PLACES)):
-    """(module, place, error), the errors in turn."""
+    """(module, place, error), cycling through the errors."""
     errors, turns = itertools.cycle(ERRORS), itertools.cycle(PLACES)
     for name, module in reached(guided).items():
         for place in places or [next(turns)]:
@@ -400,7 +400,7 @@ THREADS, IMAGES = 4, 6
 
 
 def image(guided, i, **options):
-    """Two calls of a run: each image has a content, sigmas and a scale for guidance of its own."""
+    """Two calls of a run. Each image has its own content, sigmas and guidance scale."""
     x, args = forms.latents(1, seed=i)
     args |= {"cond_scale": 1.0 + i % 3, **options}
     guided.reset()
@@ -418,7 +418,7 @@ def alone(kind):
 
 
 def in_threads(*works):
-    """Runs them at once, begun together, and raises what the first one that failed raised."""
+    """Runs them concurrently, started together, and raises the first error."""
     errors = []
     begin = threading.Barrier(len(works))
 
@@ -443,18 +443,19 @@ def same(actual, expected):
     return (actual - expected).norm() < 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("checked", [False, True])
-@pytest.mark.parametrize("kind", [*forms.FORMS, "no known family"])
+@pytest.mark.parametrize(
+    ("kind", "checked"), [*((kind, False) for kind in (*forms.FORMS, "no known family")), *((kind, True) for kind in KINDS)]
+)
 def test_threads_that_share_a_wrapper_get_each_its_own_image(kind, checked, hectic):
     """From threads that begin with the wrapper's first call, which checks what is read, or after it."""
     check_threads(wrap(kind), alone(kind), checked)
 
 
-@pytest.mark.parametrize("checked", [False, True])
-@pytest.mark.parametrize(("kind", "backend"), [
-    ("SAG in one pass, PAG and SEG", "eager"),
-    pytest.param("a user's own", "eager", marks=pytest.mark.slow),
-    pytest.param("SAG", "aot_eager", marks=pytest.mark.slow),
+@pytest.mark.parametrize(("kind", "backend", "checked"), [
+    ("SAG in one pass, PAG and SEG", "eager", False),
+    pytest.param("SAG in one pass, PAG and SEG", "eager", True, marks=pytest.mark.slow),
+    pytest.param("a user's own", "eager", False, marks=pytest.mark.slow),
+    pytest.param("SAG", "aot_eager", False, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_threads_that_share_a_compiled_model_get_each_its_own_image(kind, backend, checked, fresh_dynamo, hectic):
     guided, expected = wrap(kind), alone(kind)
@@ -526,7 +527,7 @@ def test_errors_in_one_thread_do_not_disturb_the_others(backend, fresh_dynamo, h
 
 
 def test_a_call_while_another_thread_compiles_waits_for_its_turn(fresh_dynamo):
-    """PyTorch says that it compiles to every thread, also to those that run ksag as it is."""
+    """PyTorch reports compilation to every thread, including those that run ksag uncompiled."""
     guided = wrap("SAG")
     expected = alone("SAG")[:2]
     compiles, goes_on = threading.Event(), threading.Event()

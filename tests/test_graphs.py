@@ -1,4 +1,4 @@
-"""When a pass is captured and what is copied in. No GPU is needed: the `cuda` fixture is a stand-in for CUDA's own graphs.
+"""When a pass is captured and what is copied in. No GPU is needed: the `cuda` fixture replaces CUDA's graphs.
 
 It records the operations that ran between begin and end, and a replay runs them again into the same tensors, so that outputs are
 overwritten and inputs are read from fixed addresses, as on a GPU. tests/test_gpu.py has the real ones.
@@ -35,7 +35,7 @@ class Recorder(TorchDispatchMode):
 
 
 class CPUGraph:
-    """A stand-in for torch.cuda.CUDAGraph."""
+    """Used in place of torch.cuda.CUDAGraph."""
 
     replays = 0
 

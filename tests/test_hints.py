@@ -57,7 +57,7 @@ def test_a_keyword_of_extra_args_is_pythons_own_error():
 
 def test_an_error_inside_the_model_is_its_own():
     class Broken(nn.Module):
-        """A model with a mistake of its own."""
+        """A model that makes a mistake itself."""
 
         def __init__(self):
             super().__init__()

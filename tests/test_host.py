@@ -109,7 +109,7 @@ def page_names(heading):
 
 
 class Model:
-    """A stand-in for ComfyUI's model: a k-diffusion denoiser under its apply_model."""
+    """A substitute for ComfyUI's model: a k-diffusion denoiser under its apply_model."""
 
     def __init__(self, denoiser):
         self.diffusion_model = denoiser
@@ -119,7 +119,7 @@ class Model:
 
 
 class Patcher:
-    """A stand-in for ComfyUI's ModelPatcher, as far as nodes see it."""
+    """A substitute for ComfyUI's ModelPatcher, as far as nodes see it."""
 
     def __init__(self, model, options=None):
         self.model, self.model_options = model, options or {}
@@ -141,7 +141,7 @@ def conds_of(tensor, mask=None):
 
 
 class Comfy:
-    """A stand-in for comfy.samplers, which batches as many prompts as `at_once` says, those last in the list first."""
+    """A substitute for comfy.samplers, which batches as many prompts as `at_once` says, those last in the list first."""
 
     def __init__(self, at_once):
         self.at_once = at_once
@@ -180,7 +180,7 @@ class Comfy:
 
 @pytest.fixture(params=[1, 2, 8])
 def comfy(request, monkeypatch):
-    """The stand-in, as the page's code imports it."""
+    """The substitute, as the page's code imports it."""
     host = Comfy(at_once=request.param)
     module = types.ModuleType("comfy.samplers")
     module.calc_cond_batch = host.calc_cond_batch
@@ -318,7 +318,7 @@ def test_comfyui_keeps_another_nodes_wrapper(comfy):
 
 
 def test_a1111_gets_what_the_wrapper_gives():
-    """On a stand-in for the denoiser that its CFGDenoiser calls, whose conditioning is the keyword cond."""
+    """On a substitute for the denoiser that its CFGDenoiser calls, whose conditioning is the keyword cond."""
     denoiser = make_denoiser()
     x, sigma, cond, uncond = inputs(3)
     batches = []

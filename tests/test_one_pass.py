@@ -1,4 +1,4 @@
-"""One pass, and a direction kept between calls: is a run what the formulas give, under every sampler, whatever came before it?
+"""SAG in one pass, and directions that are reused between calls: runs under every sampler against the formulas.
 
 The formulas are written once more here, in float64, one sample after another. The model computes in float64 too, so that rounding
 moves no token across the threshold.
@@ -61,7 +61,7 @@ class Unseen(nn.Module):
 
 
 class Reference(nn.Module):
-    """The formulas for one pass, and for a difference of noise predictions kept from call to call, for each sample."""
+    """The formulas for one pass, and for a difference of noise predictions that later calls reuse, for each sample."""
 
     def __init__(self, model, sag_scale=0.8, one_pass=False, every=1, sigma_range=(0.0, float("inf")), rule=None):
         super().__init__()
@@ -124,8 +124,15 @@ def run(model, sampler="euler", seeds=(0, 1), args=None, sigmas=SIGMAS, size=SIZ
 # The formulas
 
 
-@pytest.mark.parametrize("form", [FORMS[0], *FORMS[2:]])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+ONE_PASS, EVERY_3, BOTH = {"one_pass": True}, {"every": 3}, {"one_pass": True, "every": 3}
+UNDER_SAMPLERS = [
+    *((sampler, ONE_PASS) for sampler in SAMPLERS),
+    *((sampler, form) for sampler in ("heun", "dpmpp_2m", "dpmpp_sde") for form in (EVERY_3, BOTH)),
+]
+MORE = [(sampler, form) for sampler in SAMPLERS for form in (EVERY_3, BOTH) if (sampler, form) not in UNDER_SAMPLERS]
+
+
+@pytest.mark.parametrize(("sampler", "form"), [*UNDER_SAMPLERS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)])
 def test_a_run_is_what_the_formulas_give(model, sampler, form):
     expected = run(Reference(model, **form), sampler)
     assert relative(run(wrap(model, **form), sampler), expected) < 1e-5
@@ -165,7 +172,7 @@ def test_beside_another_rule(model, form):
 
 
 class PerSample:
-    """`cfg.apg`, which has tests of its own, with a momentum for each of the samples that `Reference` takes in turn."""
+    """`cfg.apg` with a momentum for each of the samples that `Reference` computes one by one."""
 
     def __init__(self):
         self.rules, self.calls = [cfg.apg(), cfg.apg()], 0
@@ -244,8 +251,7 @@ def test_batch_cond_changes_nothing(model, form):
 # A run begins
 
 
-@pytest.mark.parametrize("form", [{"one_pass": True}, {"one_pass": True, "every": 3}])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("sampler", "form"), [case for case in UNDER_SAMPLERS if case[1] != EVERY_3])
 def test_two_runs_after_each_other_are_two_runs_alone(sampler, form):
     """Without `reset`, which `sample` would call."""
     sigmas, denoiser = K.sampling.get_sigmas_karras(4, 0.1, 10.0), forms.tiny()

@@ -1,4 +1,4 @@
-"""Is every value of every parameter taken, with the right image, or refused with a clear error, wherever it is given?"""
+"""Every value of every parameter gives the right image or a clear error: at construction, assigned later, and per call."""
 
 import inspect
 import math
@@ -277,7 +277,7 @@ def test_numbers_of_any_kind_as_cond_scale(guided, expected, cond_scale):
 
 
 class Unpacks(nn.Module):
-    """A model whose conditioning is a dict, whatever its keys."""
+    """A model whose conditioning is a dict with keys of any type."""
 
     def __init__(self, key):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What one call keeps for the next belongs to one run of one sample: whatever runs beside it, before it, or in another thread."""
+"""What is kept between calls is kept for each run and sample: other runs, earlier runs and other threads do not affect it."""
 
 import copy
 import gc
@@ -53,7 +53,7 @@ def alone(form, seed):
 
 
 def interleaved(*denoisers):
-    """The calls of two runs in turn."""
+    """The calls of two runs, alternating."""
     both = [steps(seed, denoiser) for seed, denoiser in enumerate(denoisers)]
     pairs = list(zip(*both, strict=True))
     return [torch.stack([pair[i] for pair in pairs]) for i in range(2)]

@@ -28,7 +28,7 @@ def seven_steps(denoiser, x, sigma, cond, uncond, cond_scale, sag_scale, blur_si
     return (u + (g - u) * cond_scale + (d - r) * sag_scale).float()
 
 
-@pytest.mark.parametrize("wrapper", [K.external.CompVisDenoiser, K.external.CompVisVDenoiser])
+@pytest.mark.parametrize("wrapper", [K.external.CompVisDenoiser, pytest.param(K.external.CompVisVDenoiser, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("sag_scale", "blur_sigma", "kernel_size", "threshold", "size"),
     [

@@ -80,7 +80,7 @@ def test_dpm_fast_makes_as_many_calls_as_there_are_steps(denoiser):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_what_is_kept_from_call_to_call_is_kept_for_a_whole_run(denoiser, sampler):
-    """Under every sampler, one pass acts at each call but the first, and every other direction at all of them."""
+    """Under every sampler, one pass acts at each call after the first, and the other directions at every call."""
     _, args = forms.latents()
     count = []
     handle = denoiser.register_forward_pre_hook(lambda *_: count.append(1))

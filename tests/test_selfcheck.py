@@ -1,4 +1,4 @@
-"""What is read is what was applied: a layer that is misread is refused or read right, and one that is read right is never refused.
+"""What is read is what the layer applies: a misread layer is refused or read correctly, and a correctly read one never refused.
 
 The truth is the attention watched while the layer runs, in float64. Each misreading is shown to be real first: without the check,
 the saliency is another, and no word is said.
@@ -129,7 +129,7 @@ def masked_call(model, x):
 
 
 class ScalesInPlace(models.MemoryEfficientCrossAttention):
-    """A stand-in for CompVis's CrossAttention under A1111's split attention of October 2022 to January 2023."""
+    """A substitute for CompVis's CrossAttention under A1111's split attention of October 2022 to January 2023."""
 
     def __init__(self, channels, heads):
         super().__init__(channels, heads)
@@ -142,6 +142,9 @@ class ScalesInPlace(models.MemoryEfficientCrossAttention):
         return self.to_out(((q @ k.mT).softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
 
+MODES = [torch.no_grad, torch.inference_mode, torch.enable_grad]
+
+
 def compvis_like(layer_type):
     torch.manual_seed(0)
     transformer = models.SpatialTransformer(32)
@@ -152,8 +155,14 @@ def compvis_like(layer_type):
     return Denoiser(model, lambda unet, x: unet(x))
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "compiled"),
+    [
+        *((mode, False) for mode in MODES),
+        (torch.no_grad, True),
+        *(pytest.param(mode, True, marks=pytest.mark.slow) for mode in MODES[1:]),
+    ],
+)
 def test_a_key_scaled_in_place_is_read_right_at_every_call(mode, compiled, fresh_dynamo):
     x, sigma = torch.randn(2, 3, 8, 8), torch.ones(2)
     denoiser, twin = compvis_like(ScalesInPlace), compvis_like(models.MemoryEfficientCrossAttention)
@@ -185,7 +194,7 @@ def test_a_mask_through_sdpa_is_read_right():
 @pytest.mark.parametrize("kind", ["boolean", "added"])
 def test_any_mask_of_sdpa_is_read_right(kind):
     class Masked(models.MemoryEfficientCrossAttention):
-        """A stand-in for SGM's CrossAttention, which takes a mask."""
+        """A substitute for SGM's CrossAttention, which takes a mask."""
 
         def forward(self, x):
             q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
@@ -233,7 +242,7 @@ class OwnWay:
 
 
 class SharedAttention:
-    """A stand-in for StyleAligned's shared attention: every sample attends to the first one's keys besides its own."""
+    """A substitute for StyleAligned's shared attention: every sample attends to the first one's keys besides its own."""
 
     def __init__(self, through_sdpa):
         self.through_sdpa = through_sdpa
@@ -255,7 +264,7 @@ class SharedAttention:
 
 
 class ComfyAttention(models.MemoryEfficientCrossAttention):
-    """A stand-in for ComfyUI's CrossAttention: an option may put another function in the place of its attention."""
+    """A substitute for ComfyUI's CrossAttention: an option may put another function in the place of its attention."""
 
     def forward(self, x, context=None, value=None, mask=None, transformer_options=None):
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
@@ -270,7 +279,7 @@ class ComfyAttention(models.MemoryEfficientCrossAttention):
 
 
 class ComfyBlock(nn.Module):
-    """A stand-in for ComfyUI's transformer blocks: with patches_replace, the block itself calls the parts of its attn1."""
+    """A substitute for ComfyUI's transformer blocks: with patches_replace, the block itself calls the parts of its attn1."""
 
     def __init__(self, channels):
         super().__init__()
@@ -348,7 +357,7 @@ def test_a_misread_layer_is_refused(name):
 
 
 def test_linear_attention_is_refused():
-    """As its processor when the model is wrapped, or one that it is given afterwards."""
+    """As its processor when the model is wrapped, or one that is set afterwards."""
     model, layer = unet(SanaLinearAttnProcessor2_0())
     with pytest.raises(ValueError, match="is refused: linear attention has no softmax"):
         AttentionTap(model, check=False)
@@ -431,7 +440,7 @@ def test_a_misread_layer_can_be_taken_as_it_is():
 
 
 def weakly_attending(size, dtype, what):
-    """Logits of about `size`, and a processor that attends in a way of its own."""
+    """Logits of about `size`, and a processor that attends differently."""
     model, layer = unet(OwnWay(what) if what != "keys" else CrossFrameAttnProcessor(1))
     factor = math.sqrt(size / 3.2)  # the standard deviation of the logits after `peaked`
     layer.to_q.weight.data.mul_(factor)
@@ -484,8 +493,15 @@ CAST = [name for name in CASES if name not in ("any other", "CompVis")]  # its f
 AUTOCAST = [*CAST, "CompVis"]
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("name", "how"), [*((name, "cast") for name in CAST), *((name, "autocast") for name in AUTOCAST)])
+@pytest.mark.parametrize(
+    ("name", "how", "dtype"),
+    [
+        *((name, "cast", torch.float16) for name in CAST),
+        *((name, "autocast", torch.bfloat16) for name in AUTOCAST),
+        *(pytest.param(name, "cast", torch.bfloat16, marks=pytest.mark.slow) for name in CAST),
+        *(pytest.param(name, "autocast", torch.float16, marks=pytest.mark.slow) for name in AUTOCAST),
+    ],
+)
 def test_half_precision_is_never_refused(name, how, dtype, monkeypatch):
     monkeypatch.setenv("K_DIFFUSION_USE_COMPILE", "0")  # of its norms, which takes half a minute
     case = CASES[name]
@@ -540,7 +556,7 @@ def test_grouped_keys_are_read_right():
 
 def test_grouped_keys_of_sdpa_are_read_right():
     class Grouped(Unknown):
-        """A stand-in for an attention of no known family with fewer heads of keys than of queries."""
+        """A substitute for an attention of no known family with fewer heads of keys than of queries."""
 
         def forward(self, x):
             q, k = self.project(x.flatten(2).mT).chunk(2, dim=-1)
@@ -933,7 +949,7 @@ def test_a_compiled_model_takes_its_first_recorded_pass_eagerly(fresh_dynamo):
 
 
 @needs_stance
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_misread_layer_is_refused_in_a_compiled_model(in_place, fresh_dynamo):
     denoiser, block = comfy_denoiser(optimized_attention_override=other_temperature)
     guided, unchecked = ksag.SAGDenoiser(denoiser), ksag.SAGDenoiser(denoiser, check_attention=False)
