@@ -15,6 +15,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import (
     CLIPTextModelWithProjection,
@@ -46,7 +47,10 @@ def t5(width=32):
 def t5_tokenizer():
     """A token for each letter, and one for the beginning of a word."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
-    return T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+    tokens = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokens.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokens.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=tokens, extra_ids=0)  # transformers 5 takes a vocabulary, 4 does not
 
 
 def flux_vae():
@@ -126,7 +130,8 @@ def qwen_image(folder):
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
     transformer = seeded(lambda: QwenImageTransformer2DModel(in_channels=64, out_channels=16, **ROTARY))
-    encoder = seeded(lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)))
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vision_start_token_id=1)
+    encoder = seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
     pipe = QwenImagePipeline(
         transformer=transformer, scheduler=scheduler, vae=qwen_image_vae(), text_encoder=encoder,
         tokenizer=qwen_tokenizer(folder / "words"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag import StableDiffusionSAGPipeline
+from diffusers import StableDiffusionSAGPipeline
 from PIL import Image
 
 import ksag
