@@ -155,7 +155,7 @@ class GuidedDenoiser(nn.Module):
         given = {name: value for name, value in given.items() if name in words and value is not None}
         call = functools.partial(Call, x, sigma, cond, base, lambda x: self._ask([Part(x, base)], sigma, kwargs)[0][0])
         plans = []
-        for of_one in zip(self.directions, run.tracks, self._hooks.of, strict=True):  # a comprehension would put a frame before a warning's cause
+        for of_one in zip(self.directions, run.tracks, self._hooks.of, strict=True):
             if (plan := make_plan(*of_one, call, given)) is not None:
                 plans.append(plan)
         if plans and self._hooks.closed:
