@@ -28,7 +28,7 @@ to_mathml = math_core.LatexToMathML().convert_with_local_state
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds notebooks/NAME.ipynb as notebooks/NAME.md, its stored outputs beside it. (mkdocs-jupyter loads scripts from a CDN.)"""
+    """Adds notebooks/NAME.ipynb as notebooks/NAME.md, with its stored outputs. (mkdocs-jupyter loads scripts from a CDN.)"""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         resources = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
         notebook = nbformat.read(path, as_version=4)
@@ -61,7 +61,7 @@ FIGURES = {
 
 
 def alternative_texts(notebook: nbformat.NotebookNode) -> Iterator[str]:
-    """Of its figures, in turn: what the code draws, and the heading above it."""
+    """Of its figures, in order: the code that draws it, and the heading above it."""
     heading = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -78,7 +78,7 @@ def as_page(body: str) -> str:
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Renders the formulas as MathML. One that cannot be rendered ends the build with an error that shows it."""
+    """Renders the formulas as MathML. A formula that cannot be rendered ends the build with an error that shows it."""
     return FORMULA.sub(lambda match: to_mathml(html.unescape(match[2]), displaystyle=match[1] == "div"), content)
 
 

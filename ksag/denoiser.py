@@ -52,14 +52,14 @@ class GuidedDenoiser(nn.Module):
     Args:
         inner_model: maps (x, sigma, **conditioning) to the denoised latent, as k-diffusion's denoisers do.
         directions: one `ksag.SAG`, `ksag.PAG`, `ksag.SEG` or other `ksag.Direction`, or several. All predictions that they need in
-            advance share one batch with those of classifier-free guidance.
+            advance share one batch with u and g.
         cfg_rule: the rule for classifier-free guidance: a function of (u, g, cond_scale, x, sigma), such as those in `ksag.cfg`.
             The directions are added to its result.
         cond_key: the keyword under which `inner_model` takes its conditioning; None if cond is a dict of keywords.
         batch_cond: evaluate all predictions in one batch if their shapes allow it; False takes one pass for each, which needs the
             activation memory of one.
         shared_kwargs: keywords whose tensors all samples share. In a batch of several predictions, any other keyword's tensor
-            with as many rows as there are samples is repeated.
+            with one row for each sample is repeated.
         check_attention: whether to check what is read.
 
     Raises:
@@ -176,7 +176,7 @@ class GuidedDenoiser(nn.Module):
     # Runs
 
     def run(self) -> "GuidedDenoiser":
-        """A denoiser for one sampling run: the same model, hooks and settings, but its own memory of earlier calls.
+        """A denoiser for a single sampling run: the same model, hooks and settings, but its own memory of earlier calls.
 
             K.sampling.sample_euler(guided.run(), x, sigmas, extra_args=extra_args)
 

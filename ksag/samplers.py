@@ -17,7 +17,7 @@ SAMPLERS = (
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each sample, so that its noise depends on neither the batch nor the device.
+    """One CPU generator for each sample, so that its noise does not depend on the batch or the device.
 
     >>> one, two = generators([7, 8])
     >>> one.initial_seed(), two.initial_seed()
@@ -52,8 +52,8 @@ def sample(
 
     Args:
         sampler: one of `SAMPLERS`, that is `K.sampling.sample_{sampler}`.
-        model: a denoiser, guided or not. Of a `ksag.GuidedDenoiser` its `run()` is sampled, so that other runs of it may go on
-            at the same time.
+        model: a denoiser, guided or not. Of a `ksag.GuidedDenoiser` its `run()` is sampled, so that its other runs are not
+            affected.
         shape: (c, *spatial) of a sample.
         sigmas: (steps + 1,) noise levels, at least 2 steps, from the highest to 0, on the model's device. `dpm_fast` makes as
             many model calls as there are steps, and `dpm_adaptive` uses only the highest and the lowest above 0. Both stop at the

@@ -1,4 +1,4 @@
-"""Whether what was read is what the layer applied: its attention recomputed from q, k and v, against the layer's own output."""
+"""Whether the attention that was read is the applied one: it is recomputed from q, k and v, against the layer's own output."""
 
 import threading
 

@@ -2,7 +2,7 @@
 
 A layer is checked in full at its first visit, and whenever its code path is seen to change: its forward, its processor, or which
 arguments it is given. A part of its queries is checked again at the first call of each run and at its calls 2, 4, 8, 16 and every
-32nd, because a processor can change by an attribute of its own, which nobody sees from outside.
+32nd, because a processor can change through one of its attributes, which is not visible from outside.
 """
 
 from typing import Any, Literal, TypeAlias

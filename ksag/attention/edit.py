@@ -12,7 +12,7 @@ from ksag.attention.visit import Visit
 
 
 def with_grid(visit: Visit, read: Attention) -> Attention:
-    """`read` with the grid of its image tokens, which may be that of the layer's nearest spatial input.
+    """`read` with the grid of its image tokens, which may be the grid of the layer's nearest spatial input.
 
     Raises:
         ValueError: there is no such grid, so this is no self-attention over the image.
@@ -71,7 +71,7 @@ def replace_by_head(output: Tensor, new: Tensor, read: Attention) -> None:
 
 
 def attended(visit: Visit, read: Attention, change: Callable[[slice, Tensor], None]) -> None:
-    """Keeps the saliency of the rows that are read, and calls `change(rows, new output)` for those that are changed."""
+    """Keeps the saliency of the rows that are read, and calls `change(rows, new output)` for the rows that are changed."""
     rows = read.q.shape[0]
     if (part := visit.part(0, visit.read, rows)) is not None:
         own = read.rows(part).detach()

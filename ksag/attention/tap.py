@@ -173,7 +173,7 @@ class AttentionTap:
 
     @contextlib.contextmanager
     def changing(self, start: int, stop: int, formula: Formula, dims: int = 2) -> Iterator[None]:
-        """Inside the block, `formula` replaces the attention of samples `start` to `stop` among those that go through the layer.
+        """Inside the block, `formula` replaces the attention of samples `start` to `stop`, counted as they go through the layer.
 
         Raises:
             RuntimeError: at the end of the block, if fewer went through.

@@ -22,7 +22,7 @@ class Edit(NamedTuple):
 
 
 class Visit:
-    """What one pass asks of a layer, and what the layer has shown so far.
+    """The task of a layer in one pass, and what was seen of it so far.
 
     Args:
         path: the layer's, for messages.

@@ -17,7 +17,7 @@ def attention_mask(saliency: Tensor, threshold: float, size: Sequence[int]) -> T
     Args:
         saliency: (b, *grid).
         threshold: 1.0 is the attention that the average token receives.
-        size: the latent's sides, as many as the grid has.
+        size: the latent's sides.
 
     Returns:
         (b, 1, *size) bool (the mask M of Hong et al. 2023, arXiv:2210.00939, section 4.3).

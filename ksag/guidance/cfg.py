@@ -38,7 +38,7 @@ def plain(u: Tensor, g: Tensor, cond_scale: float, x: Tensor, sigma: Tensor) -> 
 
 
 class rescale:
-    """Plain guidance, with its standard deviation drawn back to that of the conditional prediction, against overexposure.
+    """Plain guidance, with its standard deviation scaled towards the conditional prediction's, against overexposure.
 
     Lin et al. 2023, arXiv:2305.08891, section 3.4. As there, it is computed on the model's v-prediction, and for a model trained by
     flow matching on its velocity. For a model of another kind, v follows from the denoised latent and the noise, with data of
@@ -66,7 +66,7 @@ class rescale:
         return origin - v * (self.phi * shrink + (1 - self.phi))
 
     def check_model(self, inner_model: Any) -> None:
-        """Raises a ValueError if `flow` is not what the model is."""
+        """Raises a ValueError if `flow` does not fit the model."""
         if getattr(inner_model, "is_flow", False) != self.flow:
             kind = "a flow matching model" if not self.flow else "no flow matching model"
             raise ValueError(f"inner_model is {kind}: use cfg_rule=ksag.cfg.rescale({self.phi}, flow={not self.flow}).")
@@ -79,12 +79,12 @@ class apg:
     """Adaptive projected guidance: large scales without oversaturation (Sadat et al. 2024, arXiv:2410.02416).
 
     The difference g − u gets a (negative) momentum along the run, is limited in length, and loses some of its part parallel to g,
-    which is what oversaturates.
+    which causes oversaturation.
 
     A wrapper gives each run a copy of the rule, which holds the momentum.
 
     Args:
-        eta: η, the share of the parallel part that stays; 0 is none, 1 all of it.
+        eta: η, the share of the parallel part that stays; 0 is none, 1 is everything.
         norm_threshold: r, the longest that a sample's difference may be, in the latent's units; None is no limit. The paper has
             15 for Stable Diffusion XL, 7.5 for 2.1, 2.5 for EDM2.
         momentum: β, the part of the last call's difference that is added, −1 to 1; negative pushes away from it.

@@ -1,4 +1,4 @@
-"""What every way of guiding has in common. One file beside this one for each of them.
+"""The common part of all directions. Each has its own file in this folder.
 
 A direction compares the model's prediction with a degraded prediction of the same model. A new one is a class with one or two
 methods: `ask` says which further predictions it needs in the shared batch, and `direction` turns predictions into a tensor.
@@ -103,7 +103,7 @@ class Direction:
         attention: the self-attention layers that it reads or changes, as `ksag.list_attention` names them.
         modules: further modules whose output it changes, by path.
         sigma_range: (lowest, highest) sigma at which it acts on a sample. Reads sigma from the device once a call if set.
-        every: compute the direction every n-th call of a run and reuse it in between, as a difference of noise predictions. Reads
+        every: compute the direction every n-th call of a run and reuse it, as a difference of noise predictions. Reads
             sigma from the device once a call if more than 1.
 
     Raises:
@@ -148,7 +148,7 @@ class Direction:
 
     @property
     def lag(self) -> int:
-        """How many calls of a run it looks ahead: 1 if `look` has to see the call before the one that asks."""
+        """How many calls of a run it looks ahead: 1 if `look` has to run one call before `ask`."""
         return 0
 
     @property
@@ -165,7 +165,7 @@ class Direction:
         return ()
 
     def look(self, call: Call) -> None:
-        """At the call before one that asks, if `lag` is 1; what it passes to `call.remember` is there at the next call."""
+        """Runs one call before `ask`, if `lag` is 1; a tensor that it passes to `call.remember` is available at the next call."""
 
     def direction(self, call: Call, answers: Sequence[Tensor]) -> Tensor:
         """(b, c, *spatial): away from the degraded prediction, given the predictions that `ask` asked for."""

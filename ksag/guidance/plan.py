@@ -104,7 +104,7 @@ def make_plan(direction: Direction, track: Track, taps: Taps, call: Callable[...
         track: what it kept so far.
         taps: its hooks.
         call: makes its `Call`, from what is missing.
-        given: settings that the call gave in place of the direction's, by keyword.
+        given: settings of this call, which replace the direction's, by keyword.
     """
     options = {name: getattr(direction, name) for name in ("scale", *direction.keywords.values())}
     for word, name in direction.keywords.items():

@@ -1,6 +1,6 @@
 """What one call of a sampling run keeps for the next one, for each sample.
 
-A sample begins a run if its sigma is more than 1.5 times that of the last call; all of them do at another shape, dtype or device.
+A sample begins a run if its sigma is more than 1.5 times its last one; all samples do at another shape, dtype or device.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Memory:
     def last(self, sigma: Tensor, like: Tensor, with_sigma: bool = False) -> Tensor:
         """The tensor that the last call kept, shaped as `like`; zeros for each sample that begins a run at `sigma`, (b,).
 
-        `with_sigma` scales it by this sigma over that of the last call: a difference of denoised latents then stays the same
+        `with_sigma` scales it by this sigma over the last one: a difference of denoised latents then stays the same
         difference of noise predictions.
         """
         kept = self._kept
@@ -86,7 +86,7 @@ class Counter:
         self._last: tuple[tuple[Any, ...], list[float], list[int | None]] | None = None
 
     def count(self, sigmas: Sequence[float], inside: Sequence[bool], form: tuple[Any, ...]) -> list[int | None]:
-        """How many calls of its run came before this one, for each sample; None for one that is not inside its sigma_range.
+        """How many calls of its run came before this one, for each sample; None for a sample outside the sigma_range.
 
         Args:
             sigmas: the noise level of each sample.
@@ -136,7 +136,7 @@ class RunState:
         return self._rules[1]
 
     def begins(self, sigma: Tensor) -> bool:
-        """Whether a run begins at `sigma`, (b,), as far as can be seen without waiting for a GPU."""
+        """Whether `sigma`, (b,), starts a run, as far as can be seen without waiting for a GPU."""
         if torch.compiler.is_dynamo_compiling() or sigma.device.type != "cpu" or type(sigma) is not Tensor:
             return False
         before, self._sigma = self._sigma, float(sigma.detach().max())
@@ -152,7 +152,7 @@ class RunState:
 
 @contextlib.contextmanager
 def ended_by_errors(clear: Callable[[], None]) -> Iterator[None]:
-    """Calls `clear` if the block is left by an error, Ctrl-C included: nothing can go on from a call that is half done."""
+    """Calls `clear` if the block is left by an error, Ctrl-C included: a call that is half done cannot be continued."""
     try:
         yield
     except BaseException:

@@ -16,7 +16,7 @@ from ksag.model import parameters
 
 
 class Guidance(NamedTuple):
-    """The result of Self-Attention Guidance for one prediction."""
+    """The result of Self-Attention Guidance for a prediction."""
 
     mask: Tensor
     """(b, 1, *spatial) float32 ones where the saliency is above the threshold, zeros elsewhere."""
@@ -177,5 +177,5 @@ class SAG(Direction):
         return attention_mask(call.saliency, call.options["mask_threshold"], call.u.shape[2:])
 
     def _delta(self, call: Call, mask: Tensor) -> Tensor:
-        """δ = u − d: what the blur takes away from this call's prediction."""
+        """δ = u − d: the part that the blur removes from this call's prediction."""
         return call.u - degrade(call.u, mask, call.options["blur_sigma"], self.kernel(call.x))

@@ -71,7 +71,7 @@ class Trace(list[TraceStep]):
 
 
 def on_cpu(t: Tensor) -> Tensor:
-    """A copy of its own, with numbers in place of truth values."""
+    """A separate copy, with numbers instead of truth values."""
     copy = t.detach().to("cpu", copy=True)
     return copy if copy.is_floating_point() else copy.float()
 

@@ -33,7 +33,7 @@ def refuse(modules: Iterable[nn.Module], path: str) -> None:
 
 
 def one_at_a_time(wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """Has threads take turns with compiled models: hooks in them cannot tell threads apart, nor is Dynamo made for several."""
+    """Has threads take turns with compiled models: hooks in them cannot tell threads apart, and Dynamo does not support several."""
     return _turns if wanted and not torch.compiler.is_dynamo_compiling() else contextlib.nullcontext()
 
 

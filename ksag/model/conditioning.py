@@ -14,7 +14,7 @@ Conditioning: TypeAlias = Any
 
 
 def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Each leaf, all that is neither mapping, list nor tuple, and before it the place where it is.
+    """Each leaf (anything but a mapping, list or tuple) after its place.
 
     >>> list(leaves({"c_crossattn": [1.0], "scale": 2.0}))
     [("['c_crossattn'][0]", 1.0), ("['scale']", 2.0)]
@@ -30,7 +30,7 @@ def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def transform(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """`tree` anew, with `fn(leaf, *others)` in place of every leaf, where `others` are the leaves at its place in trees of the same
+    """`tree` with every leaf replaced by `fn(leaf, *others)`: `others` are the leaves at its place in trees of the same
     nesting; leaf by leaf in the order of `leaves`.
 
     >>> transform(lambda *leaves: sum(leaves), {"c_crossattn": [1.0], "scale": 2.0}, {"c_crossattn": [0.5], "scale": 1.0})
@@ -61,7 +61,7 @@ def _sequence(like: Sequence[Any], values: list[Any]) -> Sequence[Any]:
 
 
 def unshared(tree: Any) -> Any:
-    """`tree` with containers of its own, and the same leaves: what a model does to them, nobody else sees."""
+    """A copy of `tree` with new containers and the same leaves, which a model may change."""
     return transform(lambda leaf: leaf, tree)
 
 
@@ -92,7 +92,7 @@ def repeat(kwargs: dict[str, Any], batch: int, times: int, shared: Sequence[str]
         kwargs: tensors, or any nesting of them.
         batch: b, how many samples a part holds.
         times: how many parts there are.
-        shared: names of `kwargs` that all samples share, and which are left as they are whatever their shape.
+        shared: names of `kwargs` that all samples share, and which are left unchanged for any shape.
 
     >>> kwargs = repeat({"mask": torch.zeros(2, 1, 8, 8), "table": torch.zeros(2, 9), "strength": 0.5}, 2, 3, shared=["table"])
     >>> kwargs["mask"].shape, kwargs["table"].shape, kwargs["strength"]

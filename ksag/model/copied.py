@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Copied:
-    """The owner of the hooks on a copied model, until they are removed: whatever they ask of it is None."""
+    """The owner of the hooks on a copied model, until they are removed: every method of it returns None."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

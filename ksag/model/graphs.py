@@ -110,7 +110,7 @@ class _Kept(threading.local):
 
 
 class CUDAGraphs:
-    """Replays functions of `model` in place of running them.
+    """Replays functions of `model` instead of running them.
 
     Captures a function at its first call with a signature: the shapes, dtypes and devices of the tensors among its
     arguments (nested as conditionings are), the values of everything else, autocast, the thread and the stream. A replay
@@ -120,7 +120,7 @@ class CUDAGraphs:
     Runs the function as it is while gradients are enabled, and for tensors that are not on a CUDA device.
 
     Args:
-        model: its weights may change in place; where one was moved, all is captured anew.
+        model: its weights may change in place; where one was moved, everything is captured again.
         limit: captures kept for each thread; one more drops the least recently used, with a warning.
     """
 

@@ -99,7 +99,7 @@ class ModuleTap:
 
 
 def _rows(tree: Any, start: int, stop: int, batch: int) -> Any:
-    """The rows of every tensor that has as many as the batch."""
+    """The rows of every tensor with the batch's number of rows."""
     return transform(lambda t: t[start:stop] if isinstance(t, Tensor) and t.ndim and t.shape[0] == batch else t, tree)
 
 

@@ -43,7 +43,7 @@ Found = dict[Tap, Tensor]
 
 
 class Pass:
-    """One call of the model, for one or more parts in one batch.
+    """One call of the model, with one or more parts in its batch.
 
     Args:
         inner_model, cond_key, shared: as for `Passes`.
@@ -68,7 +68,7 @@ class Pass:
         return self.inner_model, self.cond_key, self.shared, tuple(self.edits), tuple(self.reads)
 
     def visits(self, b: int, dims: int) -> list[tuple[Tap, Any]]:
-        """For each tap, what it has to do with the rows of each part."""
+        """The task of each tap in the rows of each part."""
         found = []
         for tap in self.taps:
             edits = [(i * b, (i + 1) * b, f) for i, of_part in enumerate(self.edits) for edited, f in of_part if edited is tap]
@@ -134,7 +134,7 @@ class Passes:
             sigma: (b,) noise levels of each part.
             kwargs: what else goes to every call, for b samples.
             cond_key: the keyword for the conditioning; None if it is keywords itself.
-            batched: False asks for one part after the other.
+            batched: False evaluates the parts one after the other.
             shared: names of `kwargs` that all samples share.
             reads: the taps that read the first part.
             keep: whether the predictions have to outlive the next call, which may overwrite them.

@@ -1,6 +1,6 @@
 """One file per library, one block per way of writing self-attention: `Family` says what a block holds.
 
-A way of writing attention that none of the blocks knows can be added, from anywhere: `FAMILIES.insert(0, mine)`. What is not in
+A way of writing attention that no block covers can be added, from anywhere: `FAMILIES.insert(0, mine)`. What is not in
 any block can still be read once it is named, if it calls `F.scaled_dot_product_attention`: `ksag.attention.families.sdpa`.
 """
 
