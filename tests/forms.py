@@ -16,30 +16,36 @@ LAYERS = ("middle_block.0.attn1", "middle_block.1.attn1")
 BLOCK = "middle_block.1"
 
 
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(b, ...) with dimensions of length 1 at the end, as many as `like` has."""
+    return values.view(*values.shape, *[1] * (like.ndim - values.ndim))
+
+
 class Tiny(nn.Module):
     """A denoiser with two self-attention layers of a family that ksag knows; it compiles in a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, dims: int = 2) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        self.conv = convolution(3, 16, 3, padding=1)
         self.condition = nn.Linear(4, 16)
         self.middle_block = nn.ModuleList([SpatialTransformer(16), SpatialTransformer(16)])
-        self.out = nn.Conv2d(16, 3, 3, padding=1)
+        self.out = convolution(16, 3, 3, padding=1)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        sigma = sigma[:, None, None, None]
+        sigma = per_sample(sigma, x)
         scale = (sigma**2 + 1).rsqrt()
         h = self.conv(x * scale)
         if cond is not None:
-            h = h + self.condition(cond)[:, :, None, None]
+            h = h + per_sample(self.condition(cond), x)
         for block in self.middle_block:
             h = block(h)
         return x * scale**2 + self.out(h) * sigma * scale
 
 
-def tiny(seed: int = 0) -> Tiny:
+def tiny(seed: int = 0, dims: int = 2) -> Tiny:
     torch.manual_seed(seed)
-    model = Tiny()
+    model = Tiny(dims)
     for block in model.middle_block:
         for projection in (block.attn1.to_q, block.attn1.to_k):
             projection.weight.data.mul_(4)  # so that the attention chooses
@@ -70,7 +76,7 @@ def wrap(form: str, model: nn.Module | None = None, **options: object) -> ksag.G
     return ksag.GuidedDenoiser(tiny() if model is None else model, FORMS[form](), **options)
 
 
-def latents(batch: int = 2, size: tuple[int, int] = (6, 8), seed: int = 1) -> tuple[Tensor, dict[str, object]]:
+def latents(batch: int = 2, size: tuple[int, ...] = (6, 8), seed: int = 1) -> tuple[Tensor, dict[str, object]]:
     """x, and the conditionings, of samples that differ in everything."""
     generator = torch.Generator().manual_seed(seed)
     x, cond = torch.randn(batch, 3, *size, generator=generator), torch.randn(batch, 4, generator=generator)
@@ -82,10 +88,11 @@ SIGMAS = (4.0, 3.0, 2.5, 1.5)
 
 
 def run(
-    guided: Callable[..., Tensor], batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float32, **options: object
-) -> Tensor:
+    guided: Callable[..., Tensor], batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float32, size: tuple[int, ...] = (6, 8),
+    **options: object,
+) -> Tensor:  # fmt: skip
     """(calls, b, c, h, w): the calls of a run, each at the same picture with other noise."""
-    x, args = latents(batch, seed=seed)
+    x, args = latents(batch, size, seed)
     noise = torch.randn(len(SIGMAS), *x.shape, generator=torch.Generator().manual_seed(seed + 1))
     args = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in args.items()} | options
     return torch.stack(

@@ -35,6 +35,7 @@ def saliency_of(attention, grid):
 
 
 def blurred(u, sigma, kernel_size):
+    """Any number of spatial dimensions; `sigma` may be one for each."""
     if sigma == 0:
         return u
     out = [gaussian_filter(plane, sigma, mode="mirror", radius=kernel_size // 2) for plane in u.double().flatten(0, 1).numpy()]
@@ -130,13 +131,13 @@ def blurred_queries(q, sigma, grid):
     planes = q.transpose(-1, -2).reshape(-1, 1, *grid)
     size = int(np.ceil(6 * sigma)) + 1 - int(np.ceil(6 * sigma)) % 2
     sizes = [min(size, side - (side % 2 - 1)) for side in grid]
-    kernels = []
+    kernel = torch.ones((), dtype=torch.float64)
     for size in sizes:
         half = (size - 1) * 0.5
         weights = torch.exp(-0.5 * (torch.linspace(-half, half, size, dtype=torch.float64) / sigma) ** 2)
-        kernels.append(weights / weights.sum())
-    kernel = kernels[0][:, None] * kernels[1][None, :]
-    padding = [sizes[1] // 2] * 2 + [sizes[0] // 2] * 2
+        kernel = kernel.unsqueeze(-1) * (weights / weights.sum())
+    padding = [half for size in reversed(sizes) for half in (size // 2, size // 2)]
     padded = torch.nn.functional.pad(planes.double(), padding, mode="reflect")
-    blurred = torch.nn.functional.conv2d(padded, kernel[None, None])
+    convolution = getattr(torch.nn.functional, f"conv{len(sizes)}d")
+    blurred = convolution(padded, kernel[None, None])
     return blurred.reshape(*q.shape[:-2], q.shape[-1], q.shape[-2]).transpose(-1, -2).to(q.dtype)

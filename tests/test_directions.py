@@ -165,6 +165,25 @@ def test_a_run_is_what_the_formulas_give(form):
     assert relative(plain(wrap(form, model), dtype=torch.float64), expected) > 1e-2
 
 
+@pytest.mark.parametrize("size", [(16,), (3, 6, 5)])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_with_latents_of_one_or_three_dimensions(form, size):
+    model = tiny(dims=len(size)).double()
+    result = run(wrap(form, model), dtype=torch.float64, size=size)
+    expected = run(Reference(model, FORMS[form]()), dtype=torch.float64, size=size)
+    assert relative(result, expected) < 1e-12
+    assert relative(plain(wrap(form, model), dtype=torch.float64, size=size), expected) > 1e-2
+
+
+@pytest.mark.parametrize("blur_time", [False, True])
+def test_a_video_is_blurred_in_time_if_that_is_wanted(blur_time):
+    model, size = tiny(dims=3).double(), (4, 6, 5)
+    result = run(ksag.GuidedDenoiser(model, sag(blur_time=blur_time)), dtype=torch.float64, size=size)
+    expected = run(Reference(model, [sag(blur_time=blur_time)]), dtype=torch.float64, size=size)
+    other = run(Reference(model, [sag(blur_time=not blur_time)]), dtype=torch.float64, size=size)
+    assert relative(result, expected) < 1e-12 and relative(other, expected) > 1e-3
+
+
 class Reference:
     """The forms on `Tiny` once more, one sample after another, in float64."""
 
@@ -197,7 +216,8 @@ class Reference:
             due = (n - one_pass) % direction.every == 0
             if isinstance(direction, ksag.SAG):
                 mask = (saliency > direction.mask_threshold).double()[:, None]
-                d = mask * reference.blurred(u, direction.blur_sigma, direction.blur_kernel_size) + (1 - mask) * u
+                blur_sigma = direction.blur_sigma if x.ndim < 5 or direction.blur_time else (0, *[direction.blur_sigma] * 2)
+                d = mask * reference.blurred(u, blur_sigma, direction.blur_kernel_size) + (1 - mask) * u
                 now["delta"] = u - d
                 if one_pass and due:
                     delta = before["delta"]
