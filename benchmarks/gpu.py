@@ -96,10 +96,10 @@ def make_inputs(model: str, side: int, batch: int) -> Inputs:
     return Inputs(x, torch.full((batch,), 4.0, device=DEVICE), conditioning(), conditioning())
 
 
-def filled(make: Callable[[], nn.Module]) -> Any:
+def filled(make: Callable[[], Any]) -> Any:
     """A model whose weights are drawn on the device, in bfloat16: to draw billions of them on the host would take minutes."""
     with torch.device("meta"):
-        model = make().to(torch.bfloat16)
+        model: Any = make().to(torch.bfloat16)
     model = model.to_empty(device=DEVICE)
     torch.manual_seed(0)
     for tensor in (*model.parameters(), *model.buffers()):

@@ -103,7 +103,7 @@ class Model:
         hooked = [f"{path}." for path in modules if any(f".{path}".endswith(f".{layer}") for layer in layers)]
         for path, module in modules.items():
             if type(module).__name__ in ("ResConvBlock", "JointTransformerBlock") or path.endswith("norm_in"):
-                vars(module).pop("forward", None)
+                module.__dict__.pop("forward", None)
                 if not any(one.startswith(f"{path}.") or path.startswith(one) for one in hooked):
                     module.forward = torch.compile(module.forward, dynamic=False)
 
@@ -162,7 +162,10 @@ class Bench:
         directions = [getattr(ksag, name)(**dict(settings)) for name, settings in row.directions]
         samples, seconds, before = [], [], model.evaluations
         form = (row.model, *(name for name, _ in row.directions), *layers_of(row))
-        options = {"cond_key": model.cond_key, "check_attention": form not in self.checked}  # once, because checks take time
+        options: dict[str, Any] = {
+            "cond_key": model.cond_key,
+            "check_attention": form not in self.checked,
+        }  # once, because checks take time
         self.checked.add(form)
         with ksag.GuidedDenoiser(model.denoiser, directions, **options) as guided:
             for batch, start in enumerate(range(0, row.n, self.batch)):

@@ -38,13 +38,15 @@ class EmojiFlow(nn.Module):
         augmented: whether the pooled projection also has the numbers that describe an augmentation.
     """
 
+    of_token: Tensor
+
     def __init__(self, config: dict[str, Any], augmented: bool = False) -> None:
         super().__init__()
         counts = torch.tensor([len(config["dataset"]["categories"]), len(config["dataset"]["styles"])])
         total = int(counts.sum())
         of_token = torch.arange(2).repeat_interleave(counts) == torch.arange(2)[:, None]
         self.register_buffer("of_token", of_token.float(), persistent=False)
-        self.transformer = SD3Transformer2DModel(
+        self.transformer: Any = SD3Transformer2DModel(
             **config["transformer"],
             joint_attention_dim=total,
             pooled_projection_dim=total + (AUGMENTATIONS if augmented else 0),

@@ -125,7 +125,7 @@ def main(data, config, out, steps, minutes, batch_size, seed, judge_every, compi
         step += 1
         progress.update()
         with torch.no_grad():
-            torch._foreach_lerp_(averages, parameters, 1 - (1 - 1 / step) ** (gamma + 1))
+            torch._foreach_lerp_(list[Tensor](averages), list[Tensor](parameters), 1 - (1 - 1 / step) ** (gamma + 1))
         running = torch.where(running.isnan(), loss.detach(), running.lerp(loss.detach(), 0.01))
         if step == 1:
             running.item()

@@ -88,7 +88,8 @@ SIGMAS = (4.0, 3.0, 2.5, 1.5)
 
 
 def run(
-    guided: Callable[..., Tensor], batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float32, size: tuple[int, ...] = (6, 8),
+    guided: Callable[..., Tensor], batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float32, 
+    size: tuple[int, ...] = (6, 8),
     **options: object,
 ) -> Tensor:  # fmt: skip
     """(calls, b, c, h, w): the calls of a run, each at the same picture with other noise."""

@@ -130,7 +130,8 @@ REAL = {
         functools.partial(conditional, mid_block_type="UNetMidBlock2D", **ATTENTION_EVERYWHERE), diffusers_call, LAST_DOWN, (8, 12)
     ),
     "UNet2DConditionModel with the text's keys before the image's": Real(
-        kandinsky, lambda m, x: m(x, 500, torch.arange(2 * 7 * 32.0).sin().view(2, 7, 32)), "mid_block.attentions.0", (8, 12), memory=7
+        kandinsky, lambda m, x: m(x, 500, torch.arange(2 * 7 * 32.0).sin().view(2, 7, 32)), "mid_block.attentions.0", (8, 12),
+        memory=7
     ),
     "a ControlNetModel before the UNet": Real(with_controlnet, diffusers_call, f"unet.{MID_ATTN1}", (8, 12)),
     "an AutoencoderKL before the UNet": Real(
