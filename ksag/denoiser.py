@@ -82,7 +82,7 @@ class GuidedDenoiser(nn.Module):
     def _set_hooks(self) -> None:
         self._hooks = Hooks(self.inner_model, self.directions, self.check_attention)
         self._passes = Passes(self._hooks.all)
-        self._runs: PerThread[RunState] | Fixed[RunState] = PerThread(functools.partial(RunState, len(self.directions)))
+        self._runs: PerThread[RunState] | Fixed[RunState] = PerThread(functools.partial(RunState, self.directions))
         self._traces: PerThread[tuple[Trace, ...]] = PerThread(tuple)
         weakref.finalize(self, self._hooks.close)
 
@@ -185,9 +185,7 @@ class GuidedDenoiser(nn.Module):
         device, and after an error. It cannot tell that a run was given up between two calls.
         """
         run = object.__new__(type(self))
-        run.__dict__.update(
-            self.__dict__, _runs=Fixed(RunState(len(self.directions))), _origin=self
-        )  # the end of it ends the hooks
+        run.__dict__.update(self.__dict__, _runs=Fixed(RunState(self.directions)), _origin=self)  # the end of it ends the hooks
         return run
 
     def reset(self) -> None:

@@ -107,8 +107,8 @@ class Counter:
 class Track:
     """What one direction keeps in one run."""
 
-    def __init__(self) -> None:
-        self.form: tuple[Any, ...] = ()
+    def __init__(self, form: tuple[Any, ...] = ()) -> None:
+        self.form = form
         """The settings that a kept tensor depends on: another `every`, say, begins again."""
         self.direction, self.own, self.counter = Memory(), Memory(), Counter()
 
@@ -121,8 +121,8 @@ class Track:
 class RunState:
     """What all directions and the `cfg_rule` of a wrapper keep in one run."""
 
-    def __init__(self, directions: int) -> None:
-        self.tracks = [Track() for _ in range(directions)]
+    def __init__(self, directions: Sequence[Any]) -> None:
+        self.tracks = [Track(direction.form) for direction in directions]
         self._rules: tuple[Any, Any] = (None, None)
         self._sigma: float | None = None
 
