@@ -294,7 +294,7 @@ def cleans_up(place):
     for node in ast.walk(ast.parse(Path(file).read_text())):
         if isinstance(node, ast.Try) and node.finalbody:
             blocks.append(node.finalbody)
-        if isinstance(node, ast.FunctionDef) and node.name in ("stop", "close", "set"):
+        if isinstance(node, ast.FunctionDef) and node.name in ("stop", "close", "set", "end"):
             blocks.append(node.body)
     return any(block[0].lineno <= line <= block[-1].end_lineno for block in blocks)
 
