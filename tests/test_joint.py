@@ -361,16 +361,17 @@ def test_every_image_transformer_of_diffusers_is_in_one_of_the_tables():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_compiled(name):
-    """Whole, but for what the bare model breaks. HiDream's layer cannot be read compiled, which is an error."""
+    """Whole, but for what the bare model breaks."""
     model, (x, sigma, text) = build(name), inputs(name)
     guided = ksag.GuidedDenoiser(model, [ksag.SAG(1.0, blur_kernel_size=3), ksag.PAG(1.0), ksag.SEG(1.0)])
     args = {"cond": text, "uncond": text.flip(1) * 0.3, "cond_scale": 2.0}
     expected = guided(x, sigma, **args)
     torch._dynamo.reset()
     model.transformer.compile(backend="eager", fullgraph=not KINDS[name].breaks)
-    if name == "HiDreamImageTransformer2DModel":
-        with pytest.raises(RuntimeError, match="ran for 0 of"):
-            guided(x, sigma, **args)
-        return
     for _ in range(2):
-        assert relative(guided(x, sigma, **args), expected) < 1e-5
+        try:
+            result = guided(x, sigma, **args)
+        except RuntimeError as error:  # a layer in a frame that the bare model breaks may not be readable: an error, no wrong image
+            assert KINDS[name].breaks and "ran for 0 of" in str(error)
+            return
+        assert relative(result, expected) < 1e-5
