@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from einops import rearrange
 from torch import Tensor
@@ -24,7 +25,7 @@ def with_grid(visit: Visit, read: Attention) -> Attention:
     tokens = math.prod(grid or ())
     fits = queries == keys == tokens if read.tokens == "all" else tokens <= min(queries, keys) and visit.sized
     if grid is not None and fits:
-        return read._replace(grid=grid)
+        return replace(read, grid=grid)
     raise ValueError(f"{visit.path!r} attends from {queries} to {keys} tokens, {_misfit(visit, read, grid)}")
 
 

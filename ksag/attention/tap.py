@@ -10,6 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -303,7 +304,7 @@ class AttentionTap:
             raise ValueError(f"{self.path!r} ({type(self.layer).__name__}): attention cannot be read: {error}. {advice}") from None
         if self.family is None or self.family.read:
             return read
-        read = read._replace(grid=None, tokens=self.family.tokens)
+        read = replace(read, grid=None, tokens=self.family.tokens)
         return sdpa.image_last(read) if self.family.ragged else read
 
     def _call_of(self, visit: Visit, read: Attention) -> Attention | None:
@@ -312,4 +313,4 @@ class AttentionTap:
             call = only_call(visit)
         except ValueError:
             return None
-        return call._replace(grid=read.grid, tokens=read.tokens)
+        return replace(call, grid=read.grid, tokens=read.tokens)

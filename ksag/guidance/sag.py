@@ -5,7 +5,8 @@ Hong et al., "Improving Sample Quality of Diffusion Models Using Self-Attention 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from ksag.guidance.direction import Ask, Call, Direction, Setting
 from ksag.model import parameters
 
 
-class Guidance(NamedTuple):
+@dataclass(frozen=True)
+class Guidance:
     """The result of Self-Attention Guidance for a prediction."""
 
     mask: Tensor
@@ -165,7 +167,7 @@ class SAG(Direction):
             guidance = self_attention_guidance(
                 call.u, call.x, call.saliency, call.denoise, blur_kernel_size=self.kernel(call.x), **blur
             )
-            call.keep(saliency=call.saliency, **guidance._asdict())
+            call.keep(saliency=call.saliency, mask=guidance.mask, degraded=guidance.degraded, reevaluated=guidance.reevaluated)
             return guidance.direction
         [r], before, mask = answers, call.last(like=call.x), self._mask(call)
         d, delta = call.u - before.to(call.u.dtype), self._delta(call, mask)

@@ -5,6 +5,7 @@ The transformers in which image and text attend together, or which rotate their 
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def _read_added_keys(layer: Any, seen: Seen) -> Attention | None:
         return None
     q, k, v, text_k, text_v = (seen[name][0] for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj"))
     k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
-    return from_tokens(q, k, v, layer.heads, getattr(layer, "scale", None))._replace(tokens="last")
+    return replace(from_tokens(q, k, v, layer.heads, getattr(layer, "scale", None)), tokens="last")
 
 
 ADDED_KEYS = Family(

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -23,7 +23,8 @@ Tokens: TypeAlias = Literal["all", "first", "last"]
 """Which of the tokens belong to the image; the others are text, or learned keys."""
 
 
-class Attention(NamedTuple):
+@dataclass(frozen=True)
+class Attention:
     """What a layer attended with: its output is softmax(q kᵀ · scale + mask) v."""
 
     q: Tensor
@@ -47,12 +48,12 @@ class Attention(NamedTuple):
         """The same for some samples of the batch."""
         q, k, v, mask, places = (x if x is None else x[part] for x in (self.q, self.k, self.v, self.mask, self.places))
         assert q is not None and k is not None
-        return self._replace(q=q, k=k, v=v, mask=mask, places=places)
+        return replace(self, q=q, k=k, v=v, mask=mask, places=places)
 
     def queries(self, part: slice) -> "Attention":
         """The same for some queries."""
         mask = self.mask if self.mask is None or self.mask.shape[2] == 1 else self.mask[:, :, part]
-        return self._replace(q=self.q[:, :, part], mask=mask, places=None if self.places is None else self.places[:, part])
+        return replace(self, q=self.q[:, :, part], mask=mask, places=None if self.places is None else self.places[:, part])
 
     def of_image(self, length: int) -> slice:
         """Which of `length` queries or keys belong to the image; `grid` must be known."""
@@ -75,7 +76,7 @@ class Attention(NamedTuple):
         """The same without gradients."""
         q, k, v, mask = (x if x is None else x.detach() for x in (self.q, self.k, self.v, self.mask))
         assert q is not None and k is not None
-        return self._replace(q=q, k=k, v=v, mask=mask)
+        return replace(self, q=q, k=k, v=v, mask=mask)
 
 
 Middle: TypeAlias = Callable[[nn.Module, Sequence[str]], "list[Place]"]

@@ -1,5 +1,6 @@
 """lucidrains: denoising_diffusion_pytorch's Unet and KarrasUnet, and its Unet for classifier-free guidance."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -52,7 +53,7 @@ def _is_guided(layer: Any, path: str, parent: nn.Module) -> bool:
 def _read_guided(layer: Any, seen: Seen) -> Attention | None:
     if "to_qkv" not in seen:
         return None
-    return from_image(seen["to_qkv"][0], layer.heads, "three heads d")._replace(scale=layer.scale)
+    return replace(from_image(seen["to_qkv"][0], layer.heads, "three heads d"), scale=layer.scale)
 
 
 GUIDED = Family(

@@ -1,5 +1,6 @@
 """NVlabs: EDM and EDM2. A block may resample on the way to its attention, so that only qkv's output knows the grid."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,8 +50,10 @@ def _is_edm2(layer: Any, path: str, parent: nn.Module) -> bool:
 def _read_edm2(layer: Any, seen: Seen) -> Attention | None:
     if "attn_qkv" not in seen:
         return None
-    q, k, v, scale, grid = from_image(seen["attn_qkv"][0], layer.num_heads, "heads d three")[:5]
-    return Attention(_pixel_normalised(q), _pixel_normalised(k), None if v is None else _pixel_normalised(v), scale, grid)
+    read = from_image(seen["attn_qkv"][0], layer.num_heads, "heads d three")
+    q, k, v = (x if x is None else _pixel_normalised(x) for x in (read.q, read.k, read.v))
+    assert q is not None and k is not None
+    return replace(read, q=q, k=k, v=v)
 
 
 def _pixel_normalised(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -118,7 +119,7 @@ def image_last(read: Attention) -> Attention:
     places = (torch.arange(read.q.shape[2], device=read.q.device) - padding[:, None]) % read.q.shape[2]
     q, k, v = (None if x is None else x.take_along_dim(places[:, None, :, None], 2) for x in (read.q, read.k, read.v))
     assert q is not None and k is not None
-    return read._replace(q=q, k=k, v=v, mask=read.mask.take_along_dim(places[:, None, None], 3), places=places)
+    return replace(read, q=q, k=k, v=v, mask=read.mask.take_along_dim(places[:, None, None], 3), places=places)
 
 
 def patches(spatial: Grid, tokens: int) -> Grid | None:
