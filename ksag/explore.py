@@ -5,14 +5,11 @@ choices = {"category": ksag.zoo.CATEGORIES, "style": ksag.zoo.STYLES}
 explore(guided, (3, 64, 64), sigmas, choices=choices, conditioning=ksag.zoo.conditioning)
 """
 
-import atexit
 import base64
-import queue
-import sys
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -111,24 +108,18 @@ class Sampling:
 
     def code(self, settings: Settings) -> str:
         """Python code that samples `Result.guided` at these settings, bit for bit, as `images`."""
-        given, lines, args = ["guided", "sigmas"], ["from ksag.samplers import sample"], []
+        given = {"conditioning": self.conditioning, "extra_args": self.extra_args, "decode": self.decode}
+        names = ["guided", "sigmas", *(name for name, value in given.items() if value)]
+        lines, args = [f"# {', '.join(names)}: as given to explore", "from ksag.samplers import sample"], []
         if self.extra_args:
-            given.append("extra_args")
             args.append("**extra_args")
         if self.conditioning is not None:
-            module, name = (getattr(self.conditioning, key, "") for key in ("__module__", "__name__"))
-            if module != "__main__" and getattr(sys.modules.get(module), name, None) is self.conditioning:
-                lines.append(f"from {module} import {name}")
-            else:
-                given.append(name := "conditioning")
-            lines.append(f"cond, uncond = {name}({', '.join(map(repr, self.names(settings)))})")
+            lines.append(f"cond, uncond = conditioning({', '.join(map(repr, self.names(settings)))})")
             args.append('"cond": cond, "uncond": uncond')
-        args.append(", ".join(f'"{word}": {settings[word]!r}' for word in self.start()))
-        lines += ["args = {", *(f"    {part}," for part in args if part), "}"]
+        args += [f'"{word}": {settings[word]!r}' for word in self.start()]
         call = f'sample("{settings["sampler"]}", guided, {self.shape}, sigmas, {self.seeds(settings)}, args)'
-        given += ["decode"] if self.decode is not None else []
-        lines.append(f"images = {call}" if self.decode is None else f"images = decode({call})")
-        return "\n".join([f"# {', '.join(given)}: as given to explore", *lines])
+        lines += ["args = {" + ", ".join(args) + "}", f"images = {call if self.decode is None else f'decode({call})'}"]
+        return "\n".join(lines)
 
     def picture(self, result: Result) -> bytes:
         """A PNG: a row of plain samples and a row of guided ones under the settings."""
@@ -166,7 +157,7 @@ class explore(widgets.VBox):  # type: ignore[misc]
         error: the message of the last run if it failed, or "".
 
     Raises:
-        ValueError: `choices` without `conditioning` or the reverse, no such sampler, a setting with a value for each sample.
+        ValueError: `choices` without `conditioning` or the reverse.
 
     >>> import k_diffusion as K
     >>> import ksag.zoo
@@ -195,6 +186,10 @@ class explore(widgets.VBox):  # type: ignore[misc]
         sampler: str = "dpmpp_2m",
         decode: Callable[[Tensor], Tensor] | None = None,
     ):
+        if bool(choices) != (conditioning is not None):
+            raise ValueError(
+                "Give both choices and conditioning, which maps a list of names for each menu to cond and uncond, or neither."
+            )
         menus, args = dict(choices or {}), dict(extra_args or {})
         self._sampling = Sampling(guided, tuple(shape), sigmas, tuple(menus), conditioning, args, n, decode)
         self.controls = _controls(self._sampling, menus, sampler)
@@ -202,17 +197,15 @@ class explore(widgets.VBox):  # type: ignore[misc]
         self.error = ""
         self._last: Result | None = None
         self._progress = widgets.FloatProgress(max=1.0, style={"description_width": "initial"})
-        self._image, self._text = widgets.Image(layout={"align_self": "flex-start", "max_width": "100%"}), widgets.Output()
+        self._image = widgets.Image(layout={"align_self": "flex-start", "max_width": "calc(100% - 4px)"})
+        self._text = widgets.Output()
         self._hidden, self._static = widgets.Box(layout={"display": "none"}), None
         left = widgets.VBox(list(self.controls.values()), layout={"flex": "1 1 300px", "max_width": "400px"})
         right = widgets.VBox([self._progress, self._image], layout={"flex": "1 1 400px"})
         super().__init__([widgets.HBox([left, right], layout={"flex_flow": "row wrap"}), self._text])
         self.add_class("ksag-explore")
-        self._requests: queue.Queue[Settings | None] = queue.Queue()
-        # One thread for all runs, because CUDA graphs are captured for each thread; a daemon, so that the kernel can end
-        self._thread = threading.Thread(target=self._work, name="ksag.explore", daemon=True)
-        self._thread.start()
-        atexit.register(self._end)
+        # one thread for all runs, because CUDA graphs are captured for each thread
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ksag.explore")
         for control in self.controls.values():
             control.observe(self._changed, "value")
         self._changed()
@@ -230,42 +223,35 @@ class explore(widgets.VBox):  # type: ignore[misc]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Until the controls' settings are sampled, or have failed; False if that takes longer than `timeout` seconds."""
-        with self._requests.all_tasks_done:
-            return self._requests.all_tasks_done.wait_for(lambda: not self._requests.unfinished_tasks, timeout)
+        return not concurrent.futures.wait([self._run], timeout).not_done
 
     def close(self) -> None:
         """Ends the run that is under way, takes the widget off the page, and releases `guided`."""
         if hasattr(self, "_thread"):  # not if an argument was refused: a widget is closed when it is deleted, too
-            self._requests.put(None)
+            self._wanted = None
+            self._thread.shutdown(wait=False, cancel_futures=True)
             for part in (*self.controls.values(), self._progress, self._image, self._text, self._hidden):
                 part.unobserve_all()
                 part.close()
         super().close()
 
-    def _end(self) -> None:
-        # Python would take the thread out of the middle of the model's call, which aborts the process
-        self._requests.put(None)
-        self._thread.join(10)
-
     def _changed(self, _: Any = None) -> None:
         data = {"text/markdown": f"```python\n{self.code}\n```", "text/plain": self.code}
         self._text.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
-        self._requests.put(self.settings)
-
-    def _work(self) -> None:
-        while (settings := self._requests.get()) is not None:
-            if self._requests.empty():
-                self._sample(settings)
-            self._requests.task_done()
-        self._requests.task_done()
-        atexit.unregister(self._end)
+        self._wanted: Settings | None = self.settings
+        self._run = self._thread.submit(self._sample, self._wanted)
 
     def _sample(self, settings: Settings) -> None:
+        def report(name: str, done: float) -> None:
+            if settings is not self._wanted or not threading.main_thread().is_alive():  # Python waits for threads when it ends
+                raise concurrent.futures.CancelledError
+            self._progress.value, self._progress.description = done, name
+
         start, self.error, self._progress.bar_style = time.monotonic(), "", "info"
         try:
-            for result in self._sampling.run(settings, self._last, self._report):
+            for result in self._sampling.run(settings, self._last, report):
                 self._last, self._image.value = result, self._sampling.picture(result)
-        except CancelledError:
+        except concurrent.futures.CancelledError:
             return
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
@@ -279,11 +265,6 @@ class explore(widgets.VBox):  # type: ignore[misc]
             if self._static is not None:
                 self._static.update(self._without_a_kernel(), raw=True)
 
-    def _report(self, name: str, done: float) -> None:
-        if not self._requests.empty():
-            raise CancelledError
-        self._progress.value, self._progress.description = done, name
-
     def _without_a_kernel(self) -> dict[str, Any]:
         """An output that is empty as long as a kernel shows the widget, and a picture without one."""
         picture = {"image/png": base64.b64encode(self._image.value).decode()} if self._image.value else {}
@@ -296,25 +277,15 @@ class explore(widgets.VBox):  # type: ignore[misc]
 
 
 def _controls(sampling: Sampling, menus: dict[str, Sequence[str]], sampler: str) -> dict[str, Any]:
-    """Sliders, the sampler, the seed and menus, by name; raises a ValueError for arguments that do not fit together."""
-    if bool(menus) != (sampling.conditioning is not None):
-        raise ValueError(
-            "Give both choices and conditioning, which maps a list of names for each menu to cond and uncond, or neither."
-        )
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+    """Sliders, the sampler, the seed and menus, by name."""
     options = {"style": {"description_width": "110px"}, "layout": {"width": "auto"}}
     controls = {}
     for name, value in sampling.start().items():
-        if isinstance(value, Tensor):
-            raise ValueError(f"{name} is the same for all samples here, got a tensor of shape {tuple(value.shape)}: give a number.")
         low, high, step = RANGES.get(name, (-2.0, 8.0, 0.05))
-        limits = {"min": min(low, value), "max": max(high, value), "step": step, "continuous_update": False}
-        controls[name] = widgets.FloatSlider(value, description=name, **limits, **options)
+        limits = {"min": min(low, float(value)), "max": max(high, float(value)), "step": step, "continuous_update": False}
+        controls[name] = widgets.FloatSlider(float(value), description=name, **limits, **options)
     controls["sampler"] = widgets.Dropdown(value=sampler, options=SAMPLERS, description="sampler", **options)
     controls["seed"] = widgets.BoundedIntText(0, min=0, max=2**53, description="seed", continuous_update=False, **options)
     for menu, names in menus.items():
-        if menu in controls or isinstance(names, str) or not names:
-            raise ValueError(f"choices[{menu!r}] is a list of names, under a name that no other control has, got {names!r}.")
         controls[menu] = widgets.Dropdown(value=names[0], options=[ANY, *names], description=menu, **options)
     return controls

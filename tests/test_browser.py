@@ -25,7 +25,7 @@ ARGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 TOKEN = "ksag-browser-test"
-PATIENCE = 600  # seconds for anything, on a slow machine
+PATIENCE = 120  # seconds for anything, on a slow machine
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # a cell is in the page wherever the page is scrolled to
     "apputils-extension/notification": {"fetchNews": "false"},
@@ -150,6 +150,10 @@ class Widget:
         read = "async image => [...new Uint8Array(await (await fetch(image.src)).arrayBuffer())]"
         return bytes(self.box.locator("img.widget-image").evaluate(read))
 
+    def value(self, setting: str) -> float:
+        """As the code below the picture has it."""
+        return float(re.search(rf'"{setting}": ([\d.]+)', self.box.locator(".jp-RenderedMarkdown").inner_text())[1])
+
     def press(self, slider: str, key: str) -> None:
         """A key at the slider's handle."""
         self.box.locator(".widget-slider", has_text=slider).locator(".noUi-handle").press(key)
@@ -157,15 +161,17 @@ class Widget:
     def choose(self, menu: str, name: str) -> None:
         self.box.locator(".widget-dropdown", has_text=menu).locator("select").select_option(name)
 
-    def wait_until_sampled(self, code: str) -> None:
-        """Until a text is part of the code below the picture, and nothing is under way."""
+    def wait_until_sampled(self, code: str, before: bytes = b"") -> bytes:
+        """The picture, as soon as it is another than before, a text is part of the code below it, and nothing is under way."""
 
         def sampled() -> bool:
             assert not self.box.locator("[data-mime-type*=stderr]").count(), self.box.inner_text()
             done = re.fullmatch(r"[\d.]+ s", self.box.locator(".widget-hprogress").inner_text().strip())
-            return bool(done) and code in self.box.locator(".jp-RenderedMarkdown").inner_text()
+            current = code in self.box.locator(".jp-RenderedMarkdown").inner_text()
+            return bool(done) and current and self.picture() != before
 
         wait_for(sampled, f"samples for {code!r}")
+        return self.picture()
 
 
 WIDGET, ITS_LISTS = ".ksag-explore", "select, .widget-readout, .noUi-target, .widget-dropdown, pre"
@@ -188,17 +194,15 @@ def test_the_widget_follows_its_controls_and_the_saved_notebook_shows_its_last_p
     with opened_page(tmp_path) as page:
         run_all_cells(page)
         widget = Widget(page)
-        widget.wait_until_sampled('"cond_scale": 1.5')
-        first = widget.picture()
-        scale = float(re.search(r'"pag_scale": ([\d.]+)', widget.box.inner_text())[1])
+        first = widget.wait_until_sampled('"cond_scale": 1.5')
+        scale = widget.value("pag_scale")
         widget.press("pag_scale", "ArrowRight")
-        widget.wait_until_sampled(f'"pag_scale": {round(scale + 0.05, 6)}')
-        moved = widget.picture()
+        wait_for(lambda: widget.value("pag_scale") > scale, "the slider's new value")
+        moved = widget.wait_until_sampled(f'"pag_scale": {widget.value("pag_scale")}', before=first)
         widget.choose("category", "Objects")
         widget.choose("style", "any")
-        widget.wait_until_sampled("['Objects', 'Objects'], [None, None]")
-        last = widget.picture()
-        assert len({first, moved, last}) == 3 and all(png.startswith(b"\x89PNG") for png in (first, moved, last))
+        last = widget.wait_until_sampled("['Objects', 'Objects'], [None, None]", before=moved)
+        assert first != last and all(png.startswith(b"\x89PNG") for png in (first, moved, last))
         assert page.locator(".jp-Notebook img:visible").count() == 1  # the picture for pages without a kernel is hidden
 
         for scheme in "light", "dark":

@@ -926,15 +926,12 @@ def test_it_says_that_it_was_left_out():
 # Compiled, with models small enough to compile in a second
 
 
-needs_stance = pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch before 2.6")
-
 
 def comfy_denoiser(**options):
     model, block = comfy(**options)
     return Denoiser(model, lambda model, x: model(x)), block
 
 
-@needs_stance
 def test_a_compiled_model_takes_its_first_recorded_pass_eagerly(fresh_dynamo):
     denoiser, _ = comfy_denoiser()
     guided = ksag.SAGDenoiser(denoiser)
@@ -948,7 +945,6 @@ def test_a_compiled_model_takes_its_first_recorded_pass_eagerly(fresh_dynamo):
         assert counter.frame_count == 2
 
 
-@needs_stance
 @pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_misread_layer_is_refused_in_a_compiled_model(in_place, fresh_dynamo):
     denoiser, block = comfy_denoiser(optimized_attention_override=other_temperature)

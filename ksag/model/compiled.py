@@ -38,9 +38,6 @@ def one_at_a_time(wanted: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def eagerly(wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """Runs compiled code as the Python it was compiled from, if wanted, and if this PyTorch can (2.6 or later).
-
-    It does so for the whole process, so use it inside `one_at_a_time`.
-    """
-    can = hasattr(torch.compiler, "set_stance") and not torch.compiler.is_dynamo_compiling()
-    return torch.compiler.set_stance("force_eager") if wanted and can else contextlib.nullcontext()
+    """Runs compiled code as the Python it was compiled from: for the whole process, so use it inside `one_at_a_time`."""
+    wanted = wanted and not torch.compiler.is_dynamo_compiling()
+    return torch.compiler.set_stance("force_eager") if wanted else contextlib.nullcontext()
