@@ -1,6 +1,6 @@
 """Whether the attention that was read is the applied one: it is recomputed from q, k and v, against the layer's own output."""
 
-import threading
+from collections import deque
 
 import torch
 from einops import EinopsError, rearrange
@@ -92,8 +92,7 @@ class Pending:
     """Errors that are still being computed on a GPU: they are read once they are there, so that nobody waits for them."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
-        self._one_reads = threading.Lock()  # threads share a layer
+        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, call: int, value: Tensor) -> None:
         """`value` is the error found at the `call`-th call."""
@@ -108,9 +107,13 @@ class Pending:
 
     def failed(self) -> tuple[int, float] | None:
         """The first call with an error above 1, and the error, among those that are there; they are dropped."""
-        with self._one_reads:
-            while self._waiting and (self._waiting[0][2] is None or self._waiting[0][2].query()):
-                call, value, _ = self._waiting.pop(0)
-                if float(value) > 1:
-                    return call, float(value)
-        return None
+        while True:
+            try:  # no lock, which Ctrl-C could leave locked
+                call, value, event = self._waiting.popleft()
+            except IndexError:
+                return None
+            if event is not None and not event.query():
+                self._waiting.appendleft((call, value, event))
+                return None
+            if float(value) > 1:
+                return call, float(value)
