@@ -1,6 +1,7 @@
 """A model trained by flow matching as a k-diffusion denoiser."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class FlowDenoiser(nn.Module):
 
     Raises:
         ValueError: the shift is not a finite number above 0.
+        TypeError: from a call, if the model returns anything but one tensor shaped like x.
 
     >>> class Pull(nn.Module):  # towards 0, the only image that it was trained on
     ...     def forward(self, x, t):
@@ -88,10 +90,9 @@ class FlowDenoiser(nn.Module):
         """The inverse of `sigma_to_t`; 9999 from t = 0.9999 on."""
         return (t / (1 - t)).clamp(max=SIGMA_MAX)
 
-    def velocity(self, x: Tensor, t: Tensor, **kwargs: object) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, **kwargs: object) -> Any:
         """What the model predicts at x (b, c, *spatial) and t (b,)."""
-        v: Tensor = self.inner_model(x.to(_dtype_of(self.inner_model, x.dtype)), t, **kwargs)
-        return v
+        return self.inner_model(x.to(_dtype_of(self.inner_model, x.dtype)), t, **kwargs)
 
     def forward(self, input: Tensor, sigma: Tensor, **kwargs: object) -> Tensor:
         """The denoised latent, shaped like `input` (b, c, *spatial) and of its dtype; `kwargs` are passed to the model."""
@@ -99,7 +100,14 @@ class FlowDenoiser(nn.Module):
         t = self.sigma_to_t(sigma.to(wide))
         each = (-1, *[1] * (input.ndim - 1))
         x = input.to(wide) / (1 + sigma.to(wide)).view(each)
-        return (x - t.view(each) * self.velocity(x, t, **kwargs)).to(input.dtype)
+        v = self.velocity(x, t, **kwargs)
+        if not isinstance(v, Tensor) or v.shape != x.shape:
+            got = f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+            raise TypeError(
+                f"The model must return the velocity, a tensor of shape {tuple(x.shape)} as x_t has, got {got}. "
+                f"If it takes patches, each side of x must be a multiple of theirs."
+            )
+        return (x - t.view(each) * v).to(input.dtype)
 
 
 def _dtype_of(model: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -33,8 +33,8 @@ class Kind(NamedTuple):
     """The widest dtype that it can compute in."""
     breaks: str = ""
     """What keeps the bare model from being compiled in one graph."""
-    graphs: bool = True
-    """Whether CUDA graphs capture it."""
+    reads: str = ""
+    """What it does on the host, so that CUDA graphs cannot capture it."""
 
 
 class Model(nn.Module):
@@ -237,13 +237,14 @@ KINDS: dict[str, Kind] = {
     "GlmImageTransformer2DModel": Kind(
         {**HEADS, "num_layers": 3, "text_embed_dim": 32, "time_embed_dim": 16, "condition_dim": 4,
          "prior_vq_quantizer_codebook_size": 16},
-        glm_image, "transformer_blocks.1.attn1", TEXT,
+        glm_image, "transformer_blocks.1.attn1", TEXT, reads="reads which samples leave out the prior",
     ),
     "HiDreamImageTransformer2DModel": Kind(
         {**HEADS, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 1, "num_single_layers": 2,
          "caption_channels": [32, 32], "text_emb_dim": 32, "axes_dims_rope": (4, 2, 2), "max_resolution": (16, 16),
          "llama_layers": [0, 1], "num_routed_experts": 2, "num_activated_experts": 1, "force_inference_output": True},
-        hidream, "single_stream_blocks.0.block.attn1", 0, breaks="its experts depend on the data", graphs=False,
+        hidream, "single_stream_blocks.0.block.attn1", 0, breaks="how many tokens each expert gets depends on the data",
+        reads="reads how many tokens each expert gets",
     ),
     "HunyuanDiT2DModel": Kind(
         {**HEADS, "in_channels": 16, "patch_size": 2, "sample_size": 8, "hidden_size": 32, "num_layers": 4,
@@ -281,7 +282,8 @@ KINDS: dict[str, Kind] = {
     "Lumina2Transformer2DModel": Kind(
         {"sample_size": 8, "hidden_size": 32, "num_layers": 3, "num_refiner_layers": 1, "num_attention_heads": 4,
          "num_kv_heads": 2, "multiple_of": 8, "axes_dim_rope": (4, 2, 2), "axes_lens": (32, 32, 32), "cap_feat_dim": 32},
-        lumina2, "layers.1.attn", TEXT, first="layers.0.attn", breaks="it reads the length of the text on the host", graphs=False,
+        lumina2, "layers.1.attn", TEXT, first="layers.0.attn", breaks="reads the lengths of the texts",
+        reads="reads the lengths of the texts",
     ),
     "NucleusMoEImageTransformer2DModel": Kind(
         {**ROTARY, "out_channels": 16, "num_layers": 3, "num_key_value_heads": 1, "moe_enabled": False},
@@ -291,7 +293,8 @@ KINDS: dict[str, Kind] = {
         {"in_channels": 16, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 32,
          "num_layers": 3, "pad_token_id": 0, "vocab_size": 64, "pos_embed_max_size": 16, "time_step_dim": 16,
          "rope_scaling": {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, "type": "su"}},
-        omnigen, "layers.1.self_attn", TEXT + 1, breaks="it compares a position on the host", widest=torch.float32,
+        omnigen, "layers.1.self_attn", TEXT + 1, breaks="compares the last position with a length",
+        reads="reads the last position", widest=torch.float32,
     ),
     "OvisImageTransformer2DModel": Kind(
         {**ROTARY, "out_channels": 64, "num_layers": 1, "num_single_layers": 1}, flux_like(pool=False),

@@ -115,6 +115,14 @@ def test_a_shift_that_is_none(shift):
         FlowDenoiser(OfNormalData(1.0), shift)
 
 
+@pytest.mark.parametrize(("output", "got"), [((), "got tuple"), (torch.zeros(1, 3, 6, 6), r"got a tensor of shape \(1, 3, 6, 6\)")])
+def test_what_is_no_velocity(output, got):
+    model = OfNormalData(1.0)
+    model.forward = lambda x, t: output
+    with pytest.raises(TypeError, match=rf"must return the velocity, a tensor of shape \(1, 3, 8, 8\) as x_t has, {got}"):
+        FlowDenoiser(model)(torch.zeros(1, 3, 8, 8), torch.ones(1))
+
+
 # t = 1
 
 

@@ -4,24 +4,23 @@ Every class is the real one, tiny, with random weights; `tests/image_transformer
 """
 
 import functools
-import math
-from typing import NamedTuple
+import re
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from packaging import version
-from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 import ksag
+from ksag.adapters.diffusers.transformers import KINDS as PIPELINES
 from ksag.attention.find import find_attention
 from ksag.attention.tap import AttentionTap
 from ksag.guidance.pag import identity
 from ksag.guidance.seg import BlurredQueries
+from tests.attending import Attending, Image, step
 from tests.image_transformers import KINDS, REFUSED, TEXT, build, ids, inputs, packed, transformer
-from tests.reference import blurred, upsampled
 
 
 def grid_of(name):
@@ -32,67 +31,8 @@ def relative(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def image_of(name, length):
-    """Which of `length` queries or keys are the image's."""
-    start, n = KINDS[name].start, math.prod(grid_of(name))
-    return slice(start, start + n) if length >= start + n else slice(0, n)
-
-
-class Call(NamedTuple):
-    """What a layer passes to scaled_dot_product_attention, in float64."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    bias: Tensor | float
-
-    def weights(self, q):
-        return (q @ self.k.mT * self.scale + self.bias).softmax(-1)
-
-
-class Attending(TorchFunctionMode):
-    """Computes the attention of one layer by itself: softmax(q kᵀ) over both sequences. `change` may replace its output.
-
-    Args:
-        layer: the layer.
-        change: (call, output) → output.
-    """
-
-    def __init__(self, layer, change=lambda call, output: output):
-        super().__init__()
-        self.change, self.weights, self.inside = change, None, False
-        self.handles = [
-            layer.register_forward_pre_hook(lambda *_: setattr(self, "inside", True)),
-            layer.register_forward_hook(lambda *_: setattr(self, "inside", False)),
-        ]
-
-    def __exit__(self, *exc_info):
-        for handle in self.handles:
-            handle.remove()
-        return super().__exit__(*exc_info)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.scaled_dot_product_attention or not self.inside:
-            return func(*args, **(kwargs or {}))
-        return self.attend(*args, **(kwargs or {}))
-
-    def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        q, k, v = query.double(), key.double(), value.double()
-        if enable_gqa:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        bias = 0.0 if attn_mask is None else attn_mask
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            bias = torch.zeros(attn_mask.shape, dtype=torch.float64).masked_fill(~attn_mask, -torch.inf)
-        call = Call(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, bias)
-        self.weights = call.weights(q)
-        return self.change(call, self.weights @ v).to(query.dtype)
-
-
-def received(name, weights):
-    """(b, h', w'): how much attention each of the image's tokens gets from the image's, at a mean of 1."""
-    keys = weights[:, :, image_of(name, weights.shape[2])].mean(1).sum(1)[:, image_of(name, weights.shape[3])]
-    return (keys / keys.mean(1, keepdim=True)).view(-1, *grid_of(name))
+def image_of(name):
+    return Image(KINDS[name].start, grid_of(name))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -105,7 +45,7 @@ def test_read_as_applied(name):
         assert torch.equal(model(x, sigma, text), plain)
     with Attending(tap.layer) as own:
         model(x, sigma, text)
-    expected = received(name, own.weights)
+    expected = image_of(name).received(own.weights)
     torch.testing.assert_close(seen.saliency().double(), expected, rtol=1e-5, atol=1e-6)
     assert expected.std() > 0.01 and tap.checker.status == "checked"
     (shown,) = [layer for layer in ksag.list_attention(model) if layer.path == tap.path]
@@ -145,32 +85,11 @@ def test_a_whole_step(name):
     guided = ksag.GuidedDenoiser(model, directions)
     result = guided(x, sigma, cond=text, uncond=other, cond_scale=3.0)
     layer = model.get_submodule(find_attention(model, "middle")[0])
-
-    def pag(call, output):
-        output[:, :, image_of(name, output.shape[2])] = call.v[:, :, image_of(name, call.v.shape[2])]
-        return output
-
-    def seg(call, output):
-        image = image_of(name, output.shape[2])
-        q = call.q.clone()
-        q[:, :, image] = q[:, :, image].mean(2, keepdim=True)
-        output[:, :, image] = (call.weights(q) @ call.v)[:, :, image]
-        return output
-
-    with Attending(layer) as own:
-        u = model(x, sigma, other)
-    g = model(x, sigma, text)
-    with Attending(layer, pag):
-        p = model(x, sigma, text)
-    with Attending(layer, seg):
-        s = model(x, sigma, text)
-    mask = upsampled((received(name, own.weights) > 1).double(), x.shape[2:])
-    d = mask * blurred(u, 1.5, 5) + (1 - mask) * u
-    r = model((d + (x - u)).to(dtype), sigma, other)
-    expected = u + (g - u) * 3 + (d - r) * 0.7 + (g - p) * 1.3 + (g - s) * 0.9
+    u, g, parts, *_ = step(lambda x, text: model(x, sigma, text), layer, image_of(name), x, text, other, 1.5, 5)
+    expected = u + (g - u) * 3 + sum(scale * part for scale, part in zip((0.7, 1.3, 0.9), parts, strict=True))
     assert relative(result, expected) < (1e-9 if dtype == torch.float64 else 1e-5)
-    for direction in d - r, g - p, g - s:
-        assert direction.norm() / u.norm() > 1e-5
+    for part in parts:
+        assert part.norm() / u.norm() > 1e-5
 
 
 # Processors of the tests' own, in place of diffusers'
@@ -266,7 +185,7 @@ def test_against_a_processor_of_its_own(name, own, layer):
         expected = model(x, sigma, text)
     tap.layer.set_processor(own)
     assert relative(model(x, sigma, text), expected) < 1e-5
-    torch.testing.assert_close(seen.saliency(), received(name, own.weights), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.saliency(), image_of(name).received(own.weights), rtol=1e-5, atol=1e-6)
 
 
 # Text of several lengths, other backends, and what is refused
@@ -355,23 +274,67 @@ def test_every_image_transformer_of_diffusers_is_in_one_of_the_tables():
     assert names - {*KINDS, *REFUSED} <= {"Transformer2DModel", "DreamLiteTransformer2DModel"}  # parts of UNets
 
 
-# torch.compile
+# torch.compile and CUDA graphs
+
+
+def sag_and_pag(model):
+    """Both in one pass."""
+    return ksag.GuidedDenoiser(model, [ksag.SAG(1.0, blur_kernel_size=3, one_pass=True), ksag.PAG(1.0)])
+
+
+WHOLE = (
+    "SD3Transformer2DModel", "AuraFlowTransformer2DModel", "CogView4Transformer2DModel", "FluxTransformer2DModel",
+    "QwenImageTransformer2DModel", "ZImageTransformer2DModel", "Lumina2Transformer2DModel",
+)  # fmt: skip
+"""One for each way of reading: of the others, only the block around the layer is compiled, which takes less time."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_compiled(name):
-    """Whole, but for what the bare model breaks."""
-    model, (x, sigma, text) = build(name), inputs(name)
-    guided = ksag.GuidedDenoiser(model, [ksag.SAG(1.0, blur_kernel_size=3), ksag.PAG(1.0), ksag.SEG(1.0)])
-    args = {"cond": text, "uncond": text.flip(1) * 0.3, "cond_scale": 2.0}
-    expected = guided(x, sigma, **args)
+    """In one graph, if the bare model can be."""
+    model, (x, sigma, text) = build(name), inputs(name, batch=1)
+    guided, breaks = sag_and_pag(model), KINDS[name].breaks
+    expected = [guided(x, sigma * share, cond=text) for share in (1.0, 0.9)]
+    guided.reset()
     torch._dynamo.reset()
-    model.transformer.compile(backend="eager", fullgraph=not KINDS[name].breaks)
-    for _ in range(2):
+    part = "transformer" if name in WHOLE or breaks else f"transformer.{KINDS[name].middle.rpartition('.')[0]}"
+    model.get_submodule(part).compile(backend="eager", fullgraph=not breaks)
+    for before, share in zip(expected, (1.0, 0.9), strict=True):
         try:
-            result = guided(x, sigma, **args)
+            assert relative(guided(x, sigma * share, cond=text), before) < 1e-5
         except RuntimeError as error:  # a layer in a frame that the bare model breaks may not be readable: an error, no wrong image
-            assert KINDS[name].breaks and "ran for 0 of" in str(error)
+            assert breaks and "ran for 0 of" in str(error)
             return
-        assert relative(result, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_read_on_the_host(name):
+    """Nothing, if CUDA graphs are to capture it. Fake tensors have no values that could be read."""
+    model = build(name)
+    guided = ksag.GuidedDenoiser(model, sag_and_pag(model).directions, check_attention=False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x, sigma, text = (mode.from_tensor(t) for t in inputs(name, batch=1))
+        if KINDS[name].reads:
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                model(x, sigma, text)
+        else:
+            denoiser = guided if name in WHOLE else model
+            assert denoiser(x, sigma, cond=text).shape == x.shape
+
+
+# The page
+
+
+def row(name):
+    """Of the page's table, by what the tests above find."""
+    if name in REFUSED:
+        return f"| `{name}` | no: {REFUSED[name][1]} | | | |"
+    compiled, captured = ("no: " + why if why else "yes" for why in (KINDS[name].breaks, KINDS[name].reads))
+    return f"| `{name}` | yes | {compiled} | {captured} | {'yes' if name in PIPELINES else 'no'} |"
+
+
+def test_the_page_says_for_every_image_transformer_what_works():
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    shown = re.findall(r"^\| `\w+Transformer[23]DModel` .*$|^\| `\w+DiT2DModel` .*$", page, re.M)
+    assert shown == [row(name) for name in sorted({*KINDS, *REFUSED})]

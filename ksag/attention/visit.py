@@ -92,7 +92,9 @@ class Visit:
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         patch = next((size for size in (resolve(module, name) for name in family.patch) if size), None) if family else None
         if patch is not None:
-            self.patch = (patch,) * self.dims if isinstance(patch, int) else tuple(patch)[-self.dims :]
+            if isinstance(patch, int):  # of height and width; time has its own
+                patch = (resolve(module, "config.patch_size_t") or 1, patch, patch) if self.dims == 3 else (patch,) * self.dims
+            self.patch = tuple(patch)[-self.dims :]
         if family is not None and family.packed and hasattr(module, "config"):
             first, *others = (kwargs.get(name) for name in family.packed)
             inputs = [x for x in (args[0] if first is None and args else first, *others) if isinstance(x, Tensor)]
