@@ -21,7 +21,7 @@ from unittest import mock
 import k_diffusion as K
 import torch
 from denoising_diffusion_pytorch import Unet, classifier_free_guidance
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from k_diffusion.models import flags
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from torch.overrides import TorchFunctionMode
 import ksag
 from ksag import cfg
 from tests import reference
+from tests.forms import Tiny, per_sample
+from tests.image_transformers import ids, packed
 from tests.models import conditional, ldm, randomise, unconditional
 
 ldm_attention = ldm("attention")
@@ -65,6 +67,15 @@ class Model(NamedTuple):
     weight: int = 1
     """How often it is drawn."""
     attends_in_float32: bool = False
+    dims: int = 2
+    """How many spatial sides its latents have."""
+    image: str = ""
+    """Where the image's tokens are, if text attends with them: "first" or "last"."""
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it predicts a velocity. Only the transformers do."""
+        return bool(self.image)
 
 
 def steps(sigma: Tensor) -> Tensor:
@@ -86,6 +97,27 @@ def transformer_call(m: Any, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
 
 def k_diffusion_unet(channels: list[int], attention: list[bool]) -> nn.Module:
     return K.models.ImageDenoiserModelV1(3, 16, [1] * len(channels), channels, attention, mapping_cond_dim=4)
+
+
+def sd3() -> nn.Module:
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=16,
+    )  # fmt: skip
+
+
+def flux() -> nn.Module:
+    return FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+        pooled_projection_dim=16, axes_dims_rope=(4, 6, 6), guidance_embeds=False,
+    )  # fmt: skip
+
+
+def flux_call(m: Any, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    def call(m: Any, tokens: Tensor, t: Tensor, text: Tensor, h: int, w: int) -> Any:
+        return m(tokens, text, cond.mean(1), t, img_ids=ids(h, w), txt_ids=torch.zeros(text.shape[1], 3), return_dict=False)
+
+    return packed(call)(m, x, t, cond)
 
 
 def ldm_unet(**options: Any) -> nn.Module:
@@ -142,11 +174,15 @@ MODELS = {
         lambda: classifier_free_guidance.Unet(16, 10, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2),
         lambda m, x, s, c: m(x, s, c, cond_drop_prob=0.0), (),
     ),
+    "sequences": Model(lambda: Tiny(1), lambda m, x, s, c: m(x, s, c), (4,), multiple=1, dtypes=ALL_DTYPES, dims=1),
+    "videos": Model(lambda: Tiny(3), lambda m, x, s, c: m(x, s, c), (4,), multiple=1, dtypes=ALL_DTYPES, dims=3),
+    "Stable Diffusion 3": Model(sd3, lambda m, x, t, c: m(x, c, c.mean(1), t * 1000).sample, (5, 16), 4, image="first"),
+    "Flux": Model(flux, flux_call, (5, 16), 4, dtypes=(torch.float32,), image="last"),
 }  # fmt: skip
 
 
 class Adapter(nn.Module):
-    """Between k-diffusion's denoiser and a UNet: unpacks the conditioning, and does with keywords what models are known to do."""
+    """Between a denoiser and a network: unpacks the conditioning, and does with keywords what models are known to do."""
 
     def __init__(self, unet: nn.Module, model: Model):
         super().__init__()
@@ -156,13 +192,26 @@ class Adapter(nn.Module):
         value = cond if text is None else text
         value = None if value is None else NESTINGS[nesting].unpack(value)
         if self.model.cond is None and value is not None:  # it takes none, so that a bias of its channels stands in for one
-            x = x + value[:, :, None, None]
+            x = x + per_sample(value, x)
         y = self.model.call(self.unet, x, sigma, value)
         if shift is not None:
             y = y + shift
         if residuals:
             y = y + residuals.pop()  # as diffusers' UNet does with a T2I-Adapter's
-        return y if table is None else y + table.sum(0)[:, None, None]
+        return y if table is None else y + per_sample(table.sum(0)[None], y)
+
+
+class Flow(nn.Module):
+    """The reference's denoiser around a velocity."""
+
+    def __init__(self, inner_model: nn.Module):
+        super().__init__()
+        self.inner_model = inner_model
+
+    def forward(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        sigma = per_sample(sigma, x)
+        t = sigma / (sigma + 1)
+        return x * (1 - t) - t * self.inner_model(x * (1 - t), t.flatten(), **kwargs)
 
 
 @functools.cache
@@ -172,7 +221,10 @@ def denoisers(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     unet = randomise(model.build())
     sharpen(unet)
-    own = K.layers.Denoiser(Adapter(to_dtype(unet, dtype), model), sigma_data=0.5)
+    network = Adapter(to_dtype(unet, dtype), model)
+    if model.is_flow:
+        return ksag.FlowDenoiser(network).eval(), Flow(copy.deepcopy(network)).eval().apply(in_float64)
+    own = K.layers.Denoiser(network, sigma_data=0.5)
     return own.eval(), copy.deepcopy(own).apply(in_float64)
 
 
@@ -276,7 +328,7 @@ class Scene:
     def predictions(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """u, g, and the saliency of each layer by its path, all in float64."""
         _, model = denoisers(self.name, self.dtype)
-        with watched(model, layers(self.name)) as received:
+        with watched(model, self.name) as received:
             u = self.denoise(self.x, self.base)
         g = u if self.uncond is None else self.denoise(self.x, self.cond)
         return u, g, {path: as_map(tokens, self.x.shape[2:]) for path, tokens in received.items()}
@@ -285,7 +337,7 @@ class Scene:
     def rounding(self) -> dict[str, float]:
         """By how much the saliency of each layer changes where the reference asks the model in the scene's dtype."""
         model, _ = denoisers(self.name, self.dtype)
-        with watched(model, layers(self.name)) as received:
+        with watched(model, self.name) as received:
             model(self.x, self.sigma, **self.arguments(self.base, self.dtype))
         exact = self.predictions[2]
         return {path: float((as_map(received[path], self.x.shape[2:]) - exact[path]).abs().max()) for path in exact}
@@ -298,7 +350,7 @@ class Scene:
         @functools.cache
         def prediction(paths: tuple[str, ...], how: str | float) -> Tensor:
             modules = [model.get_submodule(path) for path in paths]
-            with reference.Perturbed(modules, how, lambda tokens: grid_of(tokens, self.x.shape[2:])):
+            with Perturbed(modules, how, self.name, self.x.shape[2:]):
                 return self.denoise(self.x, self.cond)
 
         return prediction
@@ -320,21 +372,34 @@ def layers(name: str) -> tuple[str, ...]:
     return tuple(layer.path for layer in ksag.list_attention(model))
 
 
-class Watch(TorchFunctionMode):
-    """How much attention each token receives, (b, tokens), while a layer runs, by the layer's path."""
+def image_of(name: str, size: tuple[int, ...], tokens: int) -> slice:
+    """Which of a layer's tokens are the image's, of a latent of this size."""
+    if not (joint := MODELS[name].image):
+        return slice(None)
+    image = math.prod(side // 2 for side in size)
+    return slice(0, image) if joint == "first" else slice(tokens - image, None)
 
-    def __init__(self, batch: int) -> None:
+
+def sdpa_arguments(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Any:
+    return query, key, value, scale or query.shape[-1] ** -0.5
+
+
+class Watch(TorchFunctionMode):
+    """How much attention each token of the image receives, (b, tokens), while a layer runs, by the layer's path."""
+
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.batch = batch
+        self.name = name
+        self.form: tuple[int, ...] = ()
+        """The latent's."""
         self.inside: str | None = None
         self.received: dict[str, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self.inside is not None and func is F.scaled_dot_product_attention:
-            q, k = args[0].double(), args[1].double()
-            scale = (kwargs or {}).get("scale") or q.shape[-1] ** -0.5
-            self.add((q @ k.mT * scale).softmax(-1))
+            q, k, _, scale = sdpa_arguments(*args, **(kwargs or {}))
+            self.add((q.double() @ k.double().mT * scale).softmax(-1))
         elif self.inside is not None and func in (torch.softmax, Tensor.softmax, F.softmax):
             self.add(result.double())
         return result
@@ -342,23 +407,22 @@ class Watch(TorchFunctionMode):
     def add(self, attention: Tensor) -> None:
         assert self.inside is not None and self.inside not in self.received
         tokens = attention.shape[-2]
-        image = attention.reshape(self.batch, -1, *attention.shape[-2:]).mean(1).sum(1)[:, -tokens:]  # behind lucidrains' memory
-        self.received[self.inside] = image / image.mean(1, keepdim=True)
+        attention = attention.reshape(self.form[0], -1, *attention.shape[-2:]).mean(1)[:, :, -tokens:]  # behind lucidrains' memory
+        image = image_of(self.name, self.form[2:], tokens)
+        received = attention[:, image, image].sum(1)
+        self.received[self.inside] = received / received.mean(1, keepdim=True)
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+def watched(model: nn.Module, name: str) -> Iterator[dict[str, Tensor]]:
     handles = []
 
     def enter(path: str | None) -> Callable:
         return lambda *_: setattr(watch, "inside", path)
 
-    def begin(module: nn.Module, args: Any) -> None:
-        watch.batch = args[0].shape[0]
-
-    watch = Watch(0)
-    handles.append(model.register_forward_pre_hook(begin))
-    for path in paths:
+    watch = Watch(name)
+    handles.append(model.register_forward_pre_hook(lambda module, args: setattr(watch, "form", tuple(args[0].shape))))
+    for path in layers(name):
         layer = model.get_submodule(path)
         handles += [layer.register_forward_pre_hook(enter(path)), layer.register_forward_hook(enter(None))]
     try:
@@ -369,17 +433,39 @@ def watched(model: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, Tens
             handle.remove()
 
 
+class Perturbed(reference.Perturbed):
+    """The same where text attends too: the image's queries alone are changed."""
+
+    def __init__(self, modules: Sequence[nn.Module], how: str | float, name: str, size: tuple[int, ...]) -> None:
+        super().__init__(modules, how, lambda tokens: grid_of(tokens, size))
+        self.name, self.size = name, size
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not MODELS[self.name].image:
+            return super().__torch_function__(func, types, args, kwargs)
+        output = func(*args, **(kwargs or {}))
+        if self.inside and func is F.scaled_dot_product_attention:
+            q, k, v, scale = sdpa_arguments(*args, **(kwargs or {}))
+            image = image_of(self.name, self.size, q.shape[-2])
+            if self.how == "identity":
+                output[..., image, :] = v[..., image, :]
+            else:
+                q = reference.blurred_queries(q[..., image, :], self.how, self.grid)
+                output[..., image, :] = (q @ k.mT * scale).softmax(-1) @ v
+        return output
+
+
 def as_map(tokens: Tensor, size: tuple[int, ...]) -> Tensor:
-    """(b, h', w')"""
+    """(b, *grid)"""
     return tokens.view(-1, *grid_of(tokens.shape[1], size))
 
 
-def grid_of(tokens: int, size: tuple[int, ...]) -> tuple[int, int]:
-    """(h', w'): the latent's size, halved and rounded up as often as the number of tokens says."""
+def grid_of(tokens: int, size: tuple[int, ...]) -> tuple[int, ...]:
+    """The latent's size, halved and rounded up as often as the number of tokens says."""
     for level in range(4):
-        h, w = (-(-side // 2**level) for side in size)
-        if h * w == tokens:
-            return h, w
+        grid = tuple(-(-side // 2**level) for side in size)
+        if math.prod(grid) == tokens:
+            return grid
     raise AssertionError(f"{tokens} tokens of a latent of {tuple(size)}")
 
 
@@ -391,7 +477,9 @@ def scene(seed: int, number: int) -> Scene:
     model = MODELS[name]
     dtype, batch = rng.choice(model.dtypes), rng.choice((1, 2, 2, 3))
     largest = rng.choice((12, 12, 16, 24))
-    size = [model.size or model.multiple * rng.randint(8 // model.multiple, largest // model.multiple) for _ in range(2)]
+    size = [model.size or model.multiple * rng.randint(8 // model.multiple, largest // model.multiple) for _ in range(model.dims)]
+    if model.dims == 3:
+        size[0] = rng.randint(1, 6)  # frames
     sigma = torch.tensor([rng.choice(SIGMAS)] * batch if rng.random() < 0.5 else rng.choices(SIGMAS, k=batch))
 
     def normal(*shape: int) -> Tensor:
@@ -403,21 +491,21 @@ def scene(seed: int, number: int) -> Scene:
         tokens, *width = model.cond or (model.channels,)
         return normal(batch, 2 * tokens if longer and width else tokens, *width)
 
-    x = normal(batch, model.channels, *size) * (sigma.to(dtype).square() + 1).sqrt()[:, None, None, None]
+    x = normal(batch, model.channels, *size) * per_sample((sigma.to(dtype).square() + 1).sqrt(), torch.empty(1, 1, *size))
     kind = rng.choice(("uncond and cond",) * 4 + ("cond alone", "none"))
     if kind == "none" and model.cond is not None and name not in OPTIONAL:
         kind = "cond alone"
     keywords: dict[str, Any] = {}
     if rng.random() < 0.3:
-        keywords["shift"] = normal(batch, 1, 1, 1)
+        keywords["shift"] = normal(batch, 1, *[1] * model.dims)
     if rng.random() < 0.3:
-        keywords["residuals"] = [normal(batch, 1, 1, 1)]
+        keywords["residuals"] = [normal(batch, 1, *[1] * model.dims)]
     if rng.random() < 0.3:
         keywords["table"] = normal(rng.choice((batch, 5)), model.channels)
     return Scene(
         name,
         dtype,
-        rng.choice(LAYOUTS)(x),
+        rng.choice(LAYOUTS if model.dims == 2 else LAYOUTS[:1])(x),
         sigma.to(dtype),
         cond=None if kind == "none" else conditioning(longer=rng.random() < 0.3),
         uncond=conditioning(longer=False) if kind == "uncond and cond" else None,
@@ -426,7 +514,7 @@ def scene(seed: int, number: int) -> Scene:
     )
 
 
-OPTIONAL = ("k-diffusion", "k-diffusion, one level")
+OPTIONAL = ("k-diffusion", "k-diffusion, one level", "sequences", "videos")
 """Models that take a conditioning and can do without."""
 
 LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -506,9 +594,9 @@ class Case:
 def case(seed: int, number: int) -> Case:
     rng = random.Random(f"{seed} case {number}")
     s = scene(seed, number // PER_SCENE)
-    rule, reference_rule = RULES[rng.choice(list(RULES))](rng)
+    rule, reference_rule = RULES[rng.choice(list(RULES))](rng, MODELS[s.name].is_flow)
     kinds = rng.choices(list(COMBINATIONS), list(COMBINATIONS.values()))[0]
-    directions = tuple(drawn(kind, rng, layers(s.name)) for kind in rng.sample(kinds, len(kinds)))
+    directions = tuple(drawn(kind, rng, s.name) for kind in rng.sample(kinds, len(kinds)))
     return Case(
         seed,
         number,
@@ -528,8 +616,8 @@ def case(seed: int, number: int) -> Case:
     )
 
 
-def drawn(kind: str, rng: random.Random, paths: tuple[str, ...]) -> Drawn:
-    level = rng.choice(SIGMAS)
+def drawn(kind: str, rng: random.Random, name: str) -> Drawn:
+    level, paths = rng.choice(SIGMAS), layers(name)
     settings = {
         "scale": rng.choice((0.5, 0.5, 1.0, -2.0, 5.0, *[rng.uniform(-3, 5)] * 4, 0.0)),
         "sigma_range": rng.choice(((0.0, math.inf),) * 4 + ((0.0, level), (level, math.inf), (level, level))),
@@ -542,6 +630,8 @@ def drawn(kind: str, rng: random.Random, paths: tuple[str, ...]) -> Drawn:
             "mask_threshold": rng.choice((1.0, 1.0, 1.0, 0.0, -1.0, 3.0, rng.uniform(0.5, 1.5))),
             "one_pass": rng.random() < 0.25,
         }
+        if MODELS[name].dims == 3:
+            settings["blur_time"] = rng.random() < 0.5
     if kind == "SEG":
         settings |= {"blur_sigma": rng.choice((math.inf, math.inf, 1.0, 0.0, 1e-20, 20.0, rng.uniform(0.2, 4)))}
     several = 1 if kind == "SAG" else min(len(paths), rng.choice((1, 1, 2)))
@@ -562,13 +652,15 @@ def plain_rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor, cal
     return (1 - scale) * u + scale * g
 
 
-def rescaled_rule(phi: float) -> Callable:
+def rescaled_rule(phi: float, flow: bool) -> Callable:
     def rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor, calls: int) -> Tensor:
-        sigma = sigma.view(-1, 1, 1, 1)
+        sigma = per_sample(sigma, x)
         c_skip, c_out = 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1).sqrt()
+        if flow:
+            c_skip, c_out = 1 / (sigma + 1), -sigma / (sigma + 1)
         v_u, v_g = (u - x * c_skip) / c_out, (g - x * c_skip) / c_out
         v = v_u + scale * (v_g - v_u)
-        rescaled = v * (v_g.flatten(1).std(1) / v.flatten(1).std(1)).view(-1, 1, 1, 1)
+        rescaled = v * per_sample(v_g.flatten(1).std(1) / v.flatten(1).std(1), v)
         return (phi * rescaled + (1 - phi) * v) * c_out + x * c_skip
 
     return rule
@@ -588,27 +680,27 @@ def projected_rule(eta: float, limit: float | None, momentum: float) -> Callable
     return rule
 
 
-def rescale(rng: random.Random) -> tuple[cfg.Rule, Callable]:
+def rescale(rng: random.Random, flow: bool) -> tuple[cfg.Rule, Callable]:
     phi = rng.choice((0.7, 0.0, 1.0, rng.random()))
-    return cfg.rescale(phi), rescaled_rule(phi)
+    return cfg.rescale(phi, flow=flow), rescaled_rule(phi, flow)
 
 
-def project(rng: random.Random) -> tuple[cfg.Rule, Callable]:
+def project(rng: random.Random, flow: bool) -> tuple[cfg.Rule, Callable]:
     eta, limit, momentum = rng.choice((0.0, 1.0, rng.random())), rng.choice((None, 1.0, 15.0)), rng.choice((-0.5, 0.0, 0.5))
     return cfg.apg(eta, limit, momentum), projected_rule(eta, limit, momentum)
 
 
 def own_rule(u: Tensor, g: Tensor, scale: float, x: Tensor, sigma: Tensor) -> Tensor:
     """A user's: only where there is noise."""
-    return torch.where((sigma > 1)[:, None, None, None], u + (g - u) * scale, g)
+    return torch.where(per_sample(sigma > 1, u), u + (g - u) * scale, g)
 
 
-RULES: dict[str, Callable[[random.Random], tuple[cfg.Rule, Callable]]] = {
-    "plain": lambda rng: (cfg.plain, plain_rule),
-    "also plain": lambda rng: (cfg.plain, plain_rule),
+RULES: dict[str, Callable[[random.Random, bool], tuple[cfg.Rule, Callable]]] = {
+    "plain": lambda rng, flow: (cfg.plain, plain_rule),
+    "also plain": lambda rng, flow: (cfg.plain, plain_rule),
     "rescale": rescale,
     "apg": project,
-    "own": lambda rng: (own_rule, lambda *args: own_rule(*args[:-1])),
+    "own": lambda rng, flow: (own_rule, lambda *args: own_rule(*args[:-1])),
 }
 
 
@@ -712,9 +804,11 @@ def run(seed: int, number: int) -> Outcome:
 
 def too_small(c: Case) -> bool:
     """Whether the latent is too small for the blur of SAG, where it acts."""
-    sides, sigma = c.scene.x.shape[2:], c.scene.sigma
     return any(
-        d.kind == "SAG" and min(sides) <= d.settings["blur_kernel_size"] // 2 and bool(d.acts(sigma).any()) for d in c.directions
+        d.kind == "SAG"
+        and min(c.scene.x.shape[3 if d.settings.get("blur_time") is False else 2 :]) <= d.settings["blur_kernel_size"] // 2
+        and bool(d.acts(c.scene.sigma).any())
+        for d in c.directions
     )
 
 
@@ -749,7 +843,7 @@ def compared(c: Case, result: Tensor, steps: ksag.Trace) -> Outcome:
             better, worse = g, s.perturbed(d.layers, "identity" if d.kind == "PAG" else d.settings["blur_sigma"])
         scale = d.settings["scale"]
         terms = torch.where(acts, terms + (norms(better) + norms(worse)) * abs(scale), terms)
-        guided = torch.where(acts[:, None, None, None], guided + (better - worse) * scale, guided)
+        guided = torch.where(per_sample(acts, guided), guided + (better - worse) * scale, guided)
         kinds |= {d.kind, *([] if acts.all() else ["in part, by sigma"])}
     kind = ", ".join(sorted(kinds)) or "plain"
     error = float((norms(result.double() - guided) / terms).nan_to_num(math.inf).max())
@@ -769,14 +863,17 @@ def blurred_and_reevaluated(c: Case, d: Drawn, step: ksag.TraceStep) -> Outcome 
     if step.saliency.shape != saliency.shape or bool((difference > margin).any()):
         worst = float((difference / margin).max())
         return Outcome(FAILED, math.inf, f"the saliency differs by {worst:.1f} times what rounding explains")
-    size = (s.x.shape[2], s.x.shape[3])
+    size = s.x.shape[2:]
     mask = reference.upsampled((saliency > threshold).double(), size)
     at_threshold = (saliency - threshold).abs() <= margin
     if bool(((step.mask != mask) & ~reference.upsampled(at_threshold, size)).any()):
         return Outcome(FAILED, math.inf, "the mask differs, and not at a token near the threshold")
     sigma, kernel_size = d.settings["blur_sigma"], d.settings["blur_kernel_size"]
+    sigma = sigma if sigma > 0.02 else 0
+    if d.settings.get("blur_time") is False and sigma:
+        sigma = (0, sigma, sigma)
     mask = step.mask.double()  # a token at the threshold is on the side where rounding put it
-    degraded = mask * reference.blurred(u, sigma if sigma > 0.02 else 0, kernel_size) + (1 - mask) * u
+    degraded = mask * reference.blurred(u, sigma, kernel_size) + (1 - mask) * u
     return degraded, s.denoise(degraded + (s.x.double() - u), s.base), bool(at_threshold.any())
 
 

@@ -43,9 +43,9 @@ def blurred(u, sigma, kernel_size):
 
 
 def upsampled(mask, size):
-    rows = (torch.arange(size[0]) * mask.shape[1]) // size[0]
-    columns = (torch.arange(size[1]) * mask.shape[2]) // size[1]
-    return mask[:, rows][:, :, columns][:, None]
+    for dim, side in enumerate(size, 1):
+        mask = mask.index_select(dim, torch.arange(side) * mask.shape[dim] // side)
+    return mask[:, None]
 
 
 def sag(D, x, cond, uncond, cond_scale, sag_scale, blur_sigma, kernel_size, grid, index=0, threshold=1.0):

@@ -46,7 +46,7 @@ def test_the_cases_meet_everything():
     assert given == inspect.signature(ksag.GuidedDenoiser).parameters.keys()
     for kind, cls in campaign.KINDS.items():
         settings = {name for d in drawn if d.kind == kind for name in d.settings}
-        assert settings | {"attention", "blur_time"} >= inspect.signature(cls).parameters.keys()  # two dimensions have no time
+        assert settings | {"attention"} == inspect.signature(cls).parameters.keys()
 
 
 def failures(kind, count, wanted=lambda direction: True):
