@@ -3,10 +3,11 @@
 import itertools
 import os
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -16,23 +17,14 @@ INK, FAINT, PAPER = (24, 24, 27), (95, 95, 105), (255, 255, 255)
 
 
 def check_writable(out: Path) -> None:
-    """Raises an error before sampling if `out` cannot be written. Creates its folders.
-
-    Args:
-        out: a .png file, or a folder (no ending).
-
-    Raises:
-        ValueError: another ending, or a folder named like a file.
-        OSError: it cannot be written, with the system's reason.
+    """Raises an error before sampling if `out`, a .png file or a folder (no ending), cannot be written. Creates its folders.
 
     >>> check_writable(Path("samples.jpg"))
     Traceback (most recent call last):
-    ValueError: --out samples.jpg must end in .png, or be a folder (no ending) with a PNG per sample.
+    ValueError: --out samples.jpg must be a file that ends in .png, or a folder (no ending) with a PNG per sample.
     """
-    if out.suffix and out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} must end in .png, or be a folder (no ending) with a PNG per sample.")
-    if out.suffix and out.is_dir():
-        raise ValueError(f"--out {out} is a folder; give a file name that ends in .png.")
+    if out.suffix and (out.suffix.lower() != ".png" or out.is_dir()):
+        raise ValueError(f"--out {out} must be a file that ends in .png, or a folder (no ending) with a PNG per sample.")
     folder = out.parent if out.suffix else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,22 +79,15 @@ def free_name(path: Path) -> Path:
     return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
-def to_image(sample: Tensor, scale: int = 1) -> Image.Image:
-    """(c, h, w) in [-1, 1], c 1 or 3 → an RGB picture, `scale` times as large. Other values are clamped.
+def to_image(sample: Tensor) -> Image.Image:
+    """(c, h, w) in [-1, 1], c 1 or 3 → an RGB picture. Other values are clamped.
 
     >>> import torch
-    >>> to_image(torch.zeros(3, 8, 12), scale=2).size
-    (24, 16)
+    >>> to_image(torch.zeros(3, 8, 12)).size
+    (12, 8)
     """
-    return enlarge(to_pil_image(((sample.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()).convert("RGB"), scale)
-
-
-def enlarge(image: Image.Image, scale: int) -> Image.Image:
-    """
-    >>> enlarge(Image.new("RGB", (8, 12)), 2).size
-    (16, 24)
-    """
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS) if scale > 1 else image
+    image: Image.Image = to_pil_image(((sample.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+    return image.convert("RGB")
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
@@ -122,7 +107,7 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Ima
 def compare(plain: Image.Image, guided: Image.Image, label: str) -> Image.Image:
     """Both pictures in one, labelled "plain" and `label`.
 
-    >>> compare(Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64)), "with SAG").size
+    >>> compare(Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64)), "SAG").size
     (130, 80)
     """
     size = max(11, guided.width // 32)
@@ -138,58 +123,37 @@ def compare(plain: Image.Image, guided: Image.Image, label: str) -> Image.Image:
 def demo(rows: Sequence[tuple[str, Tensor]], names: Sequence[str], title: str, settings: str) -> Image.Image:
     """Samples from the same noise in one picture, a row for each way of sampling.
 
-    The picture is a white card with transparent corners, for light and dark pages.
-
     Args:
         rows: a label and its samples, (b, c, h, w) in [-1, 1]. The label's first line is a heading, the rest explains it.
         names: what each sample shows, above its column.
         title: a line at the top.
         settings: a line at the bottom.
     """
-    side = max(1, round(192 / rows[0][1].shape[-1]))
-    pictures = [[to_image(x, side) for x in samples] for _, samples in rows]
+    zoom = max(1, round(192 / rows[0][1].shape[-1]))
+    pictures = [[ImageOps.scale(to_image(x), zoom, Image.Resampling.LANCZOS) for x in samples] for _, samples in rows]
     w, h = pictures[0][0].size
     large, medium, small = (ImageFont.load_default(size) for size in (22, 15, 13))
     margin, gap, left = 24, 12, 212
-    width = left + len(names) * (w + gap) + margin - gap
-    titles = _wrapped(title, large, width - 2 * margin)
-    columns = ["\n".join(_wrapped(name, small, w)) for name in names]
-    footer = _wrapped(settings, small, width - 2 * margin)
-    lines = max((column.count("\n") + 1 for column in columns if column), default=0)
-    top = margin + 28 * len(titles) + 17 * lines + 2 * gap
-    card = Image.new("RGB", (width, top + len(rows) * (h + gap) + 18 * len(footer) + margin), PAPER)
+    width = left + len(names) * (w + gap) + margin
+    title, settings = _wrapped(title, large, width - 2 * margin), _wrapped(settings, small, width - 2 * margin)
+    columns = [_wrapped(name, small, w) for name in names]
+    top = margin + 28 * (title.count("\n") + 1) + 17 * (max(column.count("\n") for column in columns) + 1) + 2 * gap
+    card = Image.new("RGB", (width, top + len(rows) * (h + gap) + 18 * (settings.count("\n") + 1) + margin), PAPER)
     draw = ImageDraw.Draw(card)
-    draw.multiline_text((margin, margin), "\n".join(titles), INK, large)
+    draw.multiline_text((margin, margin), title, INK, large)
     for i, column in enumerate(columns):
         draw.multiline_text((left + i * (w + gap) + w / 2, top - 8), column, FAINT, small, anchor="md", align="center")
     for (label, _), images, y in zip(rows, pictures, range(top, card.height, h + gap), strict=False):
         heading, _, explanation = label.partition("\n")
-        text = _wrapped(explanation, medium, left - margin - gap)
-        middle = y + h / 2 - 10 * len(text)
-        draw.text((margin, middle), heading, INK, large, anchor="lm")
-        draw.multiline_text((margin, middle + 18), "\n".join(text), FAINT, medium, spacing=4)
+        draw.text((margin, y + h / 2 - 18), heading, INK, large, anchor="lm")
+        draw.multiline_text((margin, y + h / 2), _wrapped(explanation, medium, left - margin - gap), FAINT, medium)
         for i, image in enumerate(images):
             card.paste(image, (left + i * (w + gap), y))
-    draw.multiline_text((margin, card.height - margin), "\n".join(footer), FAINT, small, anchor="ld", spacing=4)
-    return _on_card(card)
+    draw.multiline_text((margin, card.height - margin), settings, FAINT, small, anchor="ld")
+    return card
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
-    """The text's words in lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return [line for line in lines if line]
-
-
-def _on_card(image: Image.Image, radius: int = 14) -> Image.Image:
-    """The picture with rounded, transparent corners and a thin edge."""
-    mask = Image.new("L", (image.width * 4, image.height * 4), 0)
-    ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), radius * 4, fill=255)
-    ImageDraw.Draw(image).rounded_rectangle((0, 0, image.width - 1, image.height - 1), radius, outline=(225, 225, 230))
-    image.putalpha(mask.resize(image.size, Image.Resampling.LANCZOS))
-    return image
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """In lines of about that many pixels, by the mean width of the text's letters."""
+    letter = max(1, font.getlength(text)) / max(1, len(text))
+    return textwrap.fill(text, max(1, int(0.9 * width / letter)), break_on_hyphens=False)

@@ -16,26 +16,6 @@ SAMPLERS = (
 """The names that `sample` takes, each a `K.sampling.sample_NAME`."""
 
 
-def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each sample, so that its noise does not depend on the batch or the device.
-
-    >>> one, two = generators([7, 8])
-    >>> one.initial_seed(), two.initial_seed()
-    (7, 8)
-    """
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device: str | torch.device = "cpu") -> Tensor:
-    """(len(generators), *shape) of standard normal noise, a row from each generator; drawn on the CPU, then moved to `device`.
-
-    >>> both, second = randn((3, 4, 4), generators([7, 8])), randn((3, 4, 4), generators([8]))
-    >>> torch.equal(both[1:], second)
-    True
-    """
-    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
-
-
 def sample(
     sampler: str,
     model: nn.Module,
@@ -88,8 +68,12 @@ def sample(
     for module in model.modules():
         if isinstance(module, GuidedDenoiser):
             module.reset()  # an earlier run may have been given up
-    rngs = generators(seeds)
-    x = randn(shape, rngs, sigmas.device) * sigmas[0]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # so that noise does not depend on the batch or the device
+
+    def noise() -> Tensor:
+        return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(sigmas.device)
+
+    x = noise() * sigmas[0]
     if start is not None:
         x = x + start
     options: dict[str, Any] = {"extra_args": extra_args, "callback": callback, "disable": True}
@@ -99,7 +83,7 @@ def sample(
         tree = K.sampling.BrownianTreeNoiseSampler(x.cpu(), low, high, seed=list(seeds))
         options["noise_sampler"] = lambda sigma, sigma_next: tree(sigma.cpu(), sigma_next.cpu()).to(x)
     elif "noise_sampler" in parameters:
-        options["noise_sampler"] = lambda sigma, sigma_next: randn(shape, rngs, x.device)
+        options["noise_sampler"] = lambda sigma, sigma_next: noise()
     if "sigmas" in parameters:
         return function(model, x, sigmas, **options)  # type: ignore[no-any-return]
     if "n" in parameters:

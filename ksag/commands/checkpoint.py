@@ -10,47 +10,38 @@ import click
 import k_diffusion as K
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ksag import images as picture
 from ksag import zoo
-from ksag.commands.model import for_seed
-from ksag.commands.options import nearest
-
-COND_SCALE = 1.0
-"""Where the user gives none."""
+from ksag.commands.model import Model, for_seed
 
 Words = tuple[str | None, ...]
 """A sample's category and style, or its class; None is any."""
 
 
 def chosen(option: str, wanted: str | None, known: Sequence[str]) -> list[str | None]:
-    """The names in the user's list: each part is a name, a part of a name, a number, or any (None). No list means all names.
+    """The names in the user's list, each in full or in part; "any" is None. No list means all names.
 
-    >>> chosen("--category", "animals, 0, any", ["Food & Drink", "Animals & Nature"])
-    ['Animals & Nature', 'Food & Drink', None]
+    >>> chosen("--category", "animals, any", ["Food & Drink", "Animals & Nature"])
+    ['Animals & Nature', None]
     """
     if wanted is None:
         return list(known)
-    words: list[str | None] = []
-    for word in (part.strip() for part in wanted.split(",")):
-        alike = [name for name in known if word and word.lower() in name.lower()]
-        if word in known:
-            words.append(word)
-        elif word.isdigit() and int(word) < len(known):
-            words.append(known[int(word)])
-        elif word == "any":
-            words.append(None)
-        elif len(alike) == 1:
-            words.append(alike[0])
-        else:
-            hint = f"Did you mean {nearest(word, alike or known)}?" if word else f"It has {', '.join(known)}."
-            raise click.UsageError(f"{option}: the model has no {word!r}. {hint}")
-    return words
+    return [None if word == "any" else _named(option, word, known) for word in map(str.strip, wanted.split(","))]
 
 
-class Checkpoint:
-    """A `ksag.commands.model.Model`.
+def _named(option: str, word: str, known: Sequence[str]) -> str:
+    if word in known:
+        return word
+    alike = [name for name in known if word.lower() in name.lower()]
+    if len(alike) != 1:
+        raise click.UsageError(f"{option}: {word!r} is {'several' if alike else 'none'} of {', '.join(alike or known)}.")
+    return alike[0]
+
+
+class Checkpoint(Model):
+    """A k-diffusion model.
 
     Args:
         path: the file; None is the bundled one.
@@ -61,7 +52,6 @@ class Checkpoint:
         classes: for a model that takes classes, one-hot (`mapping_cond`) or by number (`class_cond`).
     """
 
-    negative_prompt = None
     own_schedule = "Karras"
 
     def __init__(
@@ -75,17 +65,27 @@ class Checkpoint:
         style: str | None = None,
         classes: str | None = None,
     ):
-        sag_alone = zoo.SETTINGS["sag_scale"]
-        self.recommended = [] if path else zoo.directions(sag_scale=sag_alone, pag_scale=0.0)
         path = path or zoo.EMOJI
         self.device, self.autocast = device, dtype
         self.denoiser, config = zoo.load(path, device), zoo.load_config(path)
         self.config, dataset = config["model"], config["dataset"]
         self.shape = (self.config["input_channels"], *self.config["input_size"])
-        self.words = _words_of(path, dataset, category, style, classes)
+        if "categories" in dataset:
+            if classes is not None:
+                raise click.UsageError(f"--classes: {path.name} has categories and styles. Give --category and --style.")
+            self.known = [dataset["categories"], dataset["styles"]]
+            styles = chosen("--style", style or "any", dataset["styles"])
+            both = itertools.product(styles, chosen("--category", category, dataset["categories"]))
+            self.words: list[Words] = [(c, s) for s, c in both]
+        else:
+            if category is not None or style is not None:
+                raise click.UsageError(f"--category and --style: {path.name} has classes. Give --classes.")
+            self.known = [dataset.get("classes") or [str(i) for i in range(dataset["num_classes"])]]
+            if classes is not None and not self.known[0]:
+                raise click.UsageError(f"--classes: {path.name} has no classes.")
+            self.words = [(word,) for word in chosen("--classes", classes, self.known[0]) or [None]]
         self.prompts = [", ".join(word for word in words if word) for words in self.words]
-        self.known = [dataset["categories"], dataset["styles"]] if "categories" in dataset else [_classes_of(dataset)]
-        self.cond_scale = COND_SCALE if cond_scale is None else cond_scale
+        self.cond_scale = 1.0 if cond_scale is None else cond_scale
         width = self.config.get("mapping_cond_dim", 0)
         by_number = self.config["type"].startswith("image_transformer") and dataset["num_classes"]
         self.cond_key = "mapping_cond" if width else "class_cond" if by_number else None
@@ -124,30 +124,5 @@ class Checkpoint:
             parts.append(zoo.one_hot(indices, len(known), self.device))
         return torch.cat(parts, dim=1)
 
-    def around(self, guided: nn.Module) -> nn.Module:
-        return guided
-
-    def start(self) -> None:
-        return None
-
     def pictures(self, latents: Tensor) -> list[Image.Image]:
         return [picture.to_image(x) for x in latents]
-
-
-def _classes_of(dataset: dict[str, Any]) -> list[str]:
-    return dataset.get("classes") or [str(i) for i in range(dataset["num_classes"])]
-
-
-def _words_of(path: Path, dataset: dict[str, Any], category: str | None, style: str | None, classes: str | None) -> list[Words]:
-    """For `for_seed`."""
-    if "categories" in dataset:
-        if classes is not None:
-            raise click.UsageError(f"--classes: {path.name} has categories and styles. Give --category and --style.")
-        styles = chosen("--style", "any" if style is None else style, dataset["styles"])
-        return [(c, s) for s, c in itertools.product(styles, chosen("--category", category, dataset["categories"]))]
-    if category is not None or style is not None:
-        raise click.UsageError(f"--category and --style are the bundled model's. {path.name} has classes: give --classes.")
-    known = _classes_of(dataset)
-    if classes is not None and not known:
-        raise click.UsageError(f"--classes: {path.name} has no classes.")
-    return [(word,) for word in chosen("--classes", classes, known) or [None]]

@@ -8,7 +8,6 @@ from typing import Any
 import click
 import torch
 
-from ksag.adapters import checkpoints
 from ksag.commands.model import Model
 from ksag.commands.options import Function
 
@@ -33,7 +32,7 @@ STYLE = click.option("--style", show_default="any", help="Styles of emoji, such 
 COND_SCALE = click.option("--cond-scale", type=float, show_default="1; 7.5 with --pipeline, 4.5 for SD 3, 3.5 for Flux dev",
                           help="Strength of classifier-free guidance; 1 is none. Flux dev takes it as an input.")  # fmt: skip
 CHECKPOINT_OPTIONS = (
-    click.option("--weights", type=click.Path(exists=True, path_type=Path), show_default="the bundled model of emoji",
+    click.option("--weights", type=FILE, show_default="the bundled model of emoji",
                  help="A k-diffusion model as safetensors, with its config in the metadata."),
     CATEGORY,
     STYLE,
@@ -69,7 +68,7 @@ def open_model(options: Mapping[str, Any], device: torch.device, dtype: torch.dt
     """The model that the options describe.
 
     Raises:
-        click.UsageError: options of two kinds of model, or a file of the wrong kind.
+        click.UsageError: options of two kinds of model.
     """
     given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
     weights, pipeline, cond_scale = (given.pop(name, None) for name in ("weights", "pipeline", "cond_scale"))
@@ -79,12 +78,8 @@ def open_model(options: Mapping[str, Any], device: torch.device, dtype: torch.dt
         raise click.UsageError("--weights is a k-diffusion model and --pipeline another: give one of them.")
     for name in given:
         flag = f"--{name.replace('_', '-')}"
-        if pipeline and name in ("category", "style", "classes"):
-            raise click.UsageError(f"{flag} is for k-diffusion models. Tell --pipeline what to show by --prompt.")
-        if not pipeline and name not in ("category", "style", "classes"):
-            raise click.UsageError(f"{flag} needs --pipeline.")
-    if weights:
-        _check_weights(weights)
+        if bool(pipeline) == (name in ("category", "style", "classes")):
+            raise click.UsageError(f"{flag} is for k-diffusion models." if pipeline else f"{flag} needs --pipeline.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # clip, imported by k-diffusion
         if pipeline:
@@ -94,21 +89,3 @@ def open_model(options: Mapping[str, Any], device: torch.device, dtype: torch.dt
         from ksag.commands.checkpoint import Checkpoint
 
         return Checkpoint(weights, device, dtype, cond_scale=cond_scale, **given)
-
-
-def _check_weights(weights: Path) -> None:
-    """Refuses files that cannot be a k-diffusion model; `zoo.load` checks the rest."""
-    takes = "--weights takes a k-diffusion model, a .safetensors file with its config in the metadata."
-    instead = f"give --pipeline {weights} --prompt '...'."
-    if weights.is_dir():
-        raise click.UsageError(f"{takes} {weights} is a folder. If it is a pipeline of diffusers, {instead}")
-    if weights.suffix.lower() in checkpoints.PICKLES:
-        raise click.UsageError(
-            f"{takes} {checkpoints.about_pickle(weights)} A k-diffusion model: with k-diffusion's convert_for_inference.py. "
-            f"{checkpoints.CONVERT.format(path=str(weights))}"
-        )
-    header = checkpoints.read_header(weights)
-    if "config" in header.metadata:
-        return
-    if checkpoints.is_checkpoint(header):
-        raise click.UsageError(f"{takes} {weights.name} is a checkpoint of Stable Diffusion: {instead}")

@@ -13,12 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
-from ksag import Direction
 from ksag.adapters import diffusers
 from ksag.adapters.diffusers.networks import network_of
 from ksag.adapters.diffusers.transformer_prompts import DISTILLED, GUIDANCE
 from ksag.commands import inputs
-from ksag.commands.model import for_seed
+from ksag.commands.model import Model, for_seed
 from ksag.flow import FlowDenoiser
 from ksag.model.conditioning import join
 
@@ -27,8 +26,8 @@ STRENGTH = 0.75
 SPACINGS = {"karras": K.sampling.get_sigmas_karras, "exponential": K.sampling.get_sigmas_exponential}
 
 
-class Pipeline:
-    """A `ksag.commands.model.Model`.
+class Pipeline(Model):
+    """A pipeline of diffusers.
 
     Args:
         path_or_id: a folder, hub id or file, as `ksag.adapters.diffusers.load` takes it.
@@ -48,8 +47,6 @@ class Pipeline:
     """
 
     cond_key = None
-    recommended: Sequence[Direction] = ()
-    autocast = torch.float32  # the weights have the dtype
 
     def __init__(
         self,
@@ -114,7 +111,7 @@ class Pipeline:
     def sigmas(self, steps: int, schedule: str) -> Tensor:
         model, device = self.denoiser, self.denoiser.sigmas.device
         if schedule == "model":
-            sigmas = model.get_sigmas(steps)
+            sigmas: Tensor = model.get_sigmas(steps)
         elif isinstance(model, FlowDenoiser):  # in t, as diffusers' schedulers do it
             t = model.sigma_to_t(model.get_sigmas(steps))
             sigmas = model.t_to_sigma(SPACINGS[schedule](steps, float(t[-2]), float(t[0]), device=device))

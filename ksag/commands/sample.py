@@ -12,16 +12,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ksag import GuidedDenoiser, zoo
 from ksag import images as picture
 from ksag.commands.folder import Folder
 from ksag.commands.infotext import infotext, sampling_fields
 from ksag.commands.model import for_seed
 from ksag.commands.open import DTYPES, model_options, open_model
-from ksag.commands.options import OPTIONS, guidance_options, sampling_options, wrapped
+from ksag.commands.options import SCHEDULES, directions, guidance_options, sampling_options
 from ksag.commands.processes import Process, this_process
 from ksag.commands.sampling import Sampling, batches, warn_if_idle
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**53
+"""With any --n, far from the highest seed of PyTorch."""
 MAX_N = 10**7
 MAX_GRID = 1000
 """Pictures in one PNG: 100 rows of small ones; more than that is hard to look at."""
@@ -74,14 +76,6 @@ def into_folder(folder: Folder, seeds: range, size: int, process: Process, make:
             )
 
 
-def _check_grid(out: Path, n: int) -> None:
-    if out.suffix and n > MAX_GRID:
-        raise click.UsageError(
-            f"--n {n}: one file holds at most {MAX_GRID} pictures. Give a folder for one PNG per picture, such as "
-            f"--out {out.with_suffix('')}."
-        )
-
-
 def into_grid(out: Path, seeds: range, size: int, make: Make, describe: Describe, bar: tqdm) -> None:
     images: list[Image.Image] = []
     for batch, filled in batches(seeds, size):
@@ -103,6 +97,8 @@ def into_grid(out: Path, seeds: range, size: int, make: Make, describe: Describe
 @click.option("--compare", is_flag=True, help="Plain and guided side by side in each picture, from the same noise.")
 @click.option("--zoom", type=click.IntRange(1, 16), default=1, help="Enlarge the pictures this many times.")
 @sampling_options()
+@click.option("--schedule", type=click.Choice(SCHEDULES), default="model",
+              help="Noise levels: the model's own (Karras's for a k-diffusion model), or another's.")  # fmt: skip
 @guidance_options
 @click.option("--dtype", type=click.Choice(list(DTYPES)), show_default="float32, or float16 with --pipeline on a GPU",
               help="Precision of the model's computations.")  # fmt: skip
@@ -121,16 +117,20 @@ def command(
     With a folder, each PNG is written as soon as it is made. The same command makes missing pictures, also with a larger --n.
     `accelerate launch -m ksag sample --out FOLDER` shares the seeds among GPUs.
 
-    SAG is on by default, PAG and SEG are off. The options show the library's defaults; the bundled model has recommended settings.
+    The options show the library's defaults, with SAG on, PAG and SEG off. For the bundled model the defaults are its recommended
+    combination of SAG and PAG, as in `ksag demo`. If any scale is given, the other scales are as shown: `--sag-scale 0` is plain
+    sampling with every model.
     """
     out = out or picture.free_name(Path("ksag-samples.png"))
     picture.check_writable(out)
-    _check_grid(out, n or 1)
     if cuda_graphs and options["offload"]:
         raise click.UsageError("--offload moves the weights, and --cuda-graphs needs them to stay in place: give one of them.")
     if sampler == "dpm_adaptive" and batch_size not in (None, 1):
         raise click.UsageError("dpm_adaptive chooses its steps for a whole batch, so it makes them one by one: --batch-size 1.")
-    given = {name: value for name in OPTIONS if (value := options.pop(name)) is not None}
+    cfg_rule, batch_cond = options.pop("cfg_rule"), options.pop("batch_cond")
+    guidance = directions(options, () if options["weights"] or options["pipeline"] else zoo.directions())
+    if compare and not guidance:
+        raise click.UsageError("--compare needs guidance, and all of it is off: give --sag-scale, --pag-scale or --seg-scale.")
 
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(this_process(device))
@@ -138,13 +138,14 @@ def command(
             raise click.UsageError(f"--out {out}: several processes write into a folder, not into one file.")
         dtype = dtype or ("float16" if options["pipeline"] and process.device.type == "cuda" else "float32")
         model = open_model(options, process.device, DTYPES[dtype])
-        guided = stack.enter_context(wrapped(model, given, model.recommended))
-        if compare and not guided.directions:
-            raise click.UsageError("--compare needs guidance, and all of it is off: give --sag-scale, --pag-scale or --seg-scale.")
+        guided = GuidedDenoiser(model.denoiser, guidance, cfg_rule=cfg_rule, cond_key=model.cond_key, batch_cond=batch_cond)
+        stack.enter_context(guided)
         seeds = range(seed, seed + (n or (len(model.prompts) if options["pipeline"] else 10)))
-        _check_grid(out, len(seeds))
-        if seeds[-1] > MAX_SEED:
-            raise click.UsageError(f"--seed {seed}: the last seed would be {seeds[-1]}, and the highest is {MAX_SEED}.")
+        if out.suffix and len(seeds) > MAX_GRID:
+            raise click.UsageError(
+                f"--n {len(seeds)}: one file holds at most {MAX_GRID} pictures. Give a folder for one PNG per picture, such as "
+                f"--out {out.with_suffix('')}."
+            )
         size = 1 if sampler == "dpm_adaptive" else batch_size or (1 if options["pipeline"] else 32)
         fields = {
             **sampling_fields(model, guided, sampler, steps, schedule),

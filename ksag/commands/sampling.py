@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ksag import Direction, GuidedDenoiser
@@ -45,11 +45,12 @@ class Sampling:
             )  # fmt: skip
 
     def pictures(self, seeds: Sequence[int], **args: Any) -> list[Image.Image]:
-        return [picture.enlarge(image, self.zoom) for image in self.model.pictures(self.latents(seeds, **args))]
+        images = self.model.pictures(self.latents(seeds, **args))
+        return [ImageOps.scale(image, self.zoom, Image.Resampling.LANCZOS) for image in images]
 
     def compared(self, seeds: Sequence[int]) -> list[Image.Image]:
         """Plain next to guided, from the same noise."""
-        label = "with " + " + ".join(direction.name for direction in self.guided.directions)
+        label = " + ".join(direction.name for direction in self.guided.directions)
         both = zip(self.pictures(seeds, **off(self.guided.directions)), self.pictures(seeds), strict=True)
         return [picture.compare(plain, guided, label) for plain, guided in both]
 
