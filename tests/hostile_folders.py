@@ -181,6 +181,19 @@ def truncated(file):
     return change
 
 
+def without_vocabulary(folder):
+    for name in "tokenizer.json", "vocab.json", "merges.txt":
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+
+
+def more_tokens(folder):
+    without_vocabulary(folder)
+    words = [*"abcdefghijklmnopqrstuvwxyz", *(chr(code) for code in range(0x3B1, 0x3C9))]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *words, *(f"{word}</w>" for word in words)]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+
+
 DAMAGED = {
     "index that is a list": (replaced("model_index.json", b"[]"), r"index.json holds a JSON list, but an object was expected"),
     "index that is a number": (replaced("model_index.json", b"3"), r"model_index.json holds a JSON int"),
@@ -198,7 +211,11 @@ DAMAGED = {
     "config of a wrong type": (config("unet", block_out_channels="many"), r"pipe/unet cannot be loaded: it is damaged"),
     "config of a wrong type in a text encoder": (config("text_encoder", hidden_size="x"), r"pipe/text_encoder cannot be loaded"),
     "scheduler of a wrong type": (config("scheduler", "scheduler_config.json", beta_schedule=3), r"scheduler cannot be loaded"),
-    "tokenizer without a vocabulary": (without("tokenizer"), r"pipe/tokenizer is missing"),
+    "folder without a tokenizer": (without("tokenizer"), r"pipe/tokenizer is missing"),
+    "tokenizer without a vocabulary": (without_vocabulary, r"pipe/tokenizer has no vocabulary: expected tokenizer.json or"),
+    "tokenizer that takes no prompt": (config("tokenizer", "tokenizer_config.json", model_max_length=2),
+                                       r"pipe/tokenizer has model_max_length=2"),
+    "tokenizer of another model": (more_tokens, r"pipe/tokenizer has \d+ tokens, its text encoder 54"),
     "truncated UNet": (truncated("unet/diffusion_pytorch_model.safetensors"),
                        r"^\S*unet/diffusion_pytorch_model.safetensors is damaged, or not a .safetensors file, the only kind"),
     "truncated text encoder": (truncated("text_encoder/model.safetensors"), r"^\S*text_encoder/model.safetensors is damaged"),

@@ -6,9 +6,7 @@ from torch import Tensor, nn
 
 
 class ControlledUNet(nn.Module):
-    """A diffusers UNet whose ControlNet looks at the latent of every step, in the place of the UNet.
-
-    `ksag.adapters.diffusers.denoiser(pipe)` makes one of a pipeline with a ControlNet.
+    """A diffusers UNet with its ControlNet, in the place of the UNet. `denoiser(pipe)` makes one of a pipeline with a ControlNet.
 
     Args:
         unet: a diffusers UNet.
@@ -41,8 +39,7 @@ class ControlledUNet(nn.Module):
         """
         if controlnet_cond is None:
             raise TypeError(
-                "This UNet has a ControlNet, whose picture is missing: conditioning(pipe, prompt, control=picture) gives it to "
-                "cond and uncond. To go without the ControlNet, denoiser(pipe.unet, pipe.scheduler)."
+                "This UNet has a ControlNet, whose picture is missing: conditioning(pipe, prompt, control=picture) adds it."
             )
         text = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added_cond_kwargs}
         steering = {"controlnet_cond": controlnet_cond, "conditioning_scale": conditioning_scale}

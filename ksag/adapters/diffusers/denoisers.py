@@ -50,7 +50,7 @@ LOWEST_ALPHA = 4.8973451890853435e-08
 """alphas_cumprod where it would be 0, at a zero terminal SNR: the sigma there is 4518.77, as in ComfyUI and A1111."""
 
 
-def _denoised(model: "DiscreteDenoiser | EDMDenoiser", x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _denoised(model: "DiscreteDenoiser | EDMDenoiser", x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
     # in float32 at least: from 256 on, the square of sigma is infinite in float16
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide, sigma = x.to(dtype), sigma.to(dtype)
@@ -77,7 +77,7 @@ class DiscreteDenoiser(K.external.DiscreteSchedule):  # type: ignore[misc]
 
     def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """The denoised latent, (b, c, h, w), of `input` (b, c, h, w) at `sigma` (b,); `kwargs` are the UNet's."""
-        return _denoised(self, input, sigma, kwargs)
+        return _denoised(self, input, sigma, **kwargs)
 
 
 class EDMDenoiser(nn.Module):
@@ -122,7 +122,7 @@ class EDMDenoiser(nn.Module):
 
     def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """The denoised latent, (b, c, h, w), of `input` (b, c, h, w) at `sigma` (b,); `kwargs` are the UNet's."""
-        return _denoised(self, input, sigma, kwargs)
+        return _denoised(self, input, sigma, **kwargs)
 
 
 def denoiser(
@@ -136,7 +136,7 @@ def denoiser(
     """A k-diffusion denoiser with `sigmas`, `get_sigmas`, `sigma_min`, `sigma_max`, `sigma_to_t` and `t_to_sigma`.
 
     Its conditioning is a dict of the network's keywords: wrap it with `ksag.SAGDenoiser(denoiser, cond_key=None)`.
-    Its noise levels are on the device where the network computes, offloaded or not; put `x` and `sigma` there as well.
+    Its noise levels are on the device where the network computes; put `x` and `sigma` there as well.
 
     A network trained by flow matching (Stable Diffusion 3, Flux, a UNet with a scheduler for it) becomes a `ksag.FlowDenoiser`.
     Latents are (b, c, h, w) for every model, Flux and Qwen-Image included.
@@ -155,9 +155,8 @@ def denoiser(
         shift: the shift of sigma; by default the scheduler's. Flow matching only.
 
     Raises:
-        TypeError: a network without a scheduler, or an object that is no network and no pipeline.
-        ValueError: a scheduler whose noise levels k-diffusion cannot represent, an unknown `prediction_type`, a transformer that
-            ksag does not support, or a pipeline with a T2I-Adapter or another kind of ControlNet.
+        TypeError: no scheduler, no network, or a transformer that was not trained by flow matching.
+        ValueError: noise levels, a prediction, a transformer or a part of a pipeline that ksag does not support.
 
     >>> import ksag
     >>> from diffusers import DDIMScheduler, UNet2DModel
@@ -172,18 +171,14 @@ def denoiser(
     network, scheduler = (model, scheduler) if isinstance(model, nn.Module) else _parts_of(model, scheduler)
     name = type(scheduler).__name__
     if scheduler is None:
-        raise TypeError(
-            f"A {type(network).__name__} alone has no noise levels: give its scheduler too, denoiser(network, scheduler)."
-        )
+        raise TypeError(f"A {type(network).__name__} alone has no noise levels: call denoiser(network, scheduler).")
     flow = "FlowMatch" in name or getattr(scheduler.config, "use_flow_sigmas", False)
     if not flow and shift is not None:
         raise ValueError(f"shift= (--shift) is for flow matching, and {name} has other noise levels: leave it out.")
     if quantize and (flow or hasattr(scheduler, "precondition_outputs")):
         raise ValueError(f"quantize=True rounds to a timestep, and a model for {name} has none: leave it out.")
     if getattr(scheduler.config, "timestep_type", "discrete") != "discrete":
-        raise ValueError(
-            f"{name} has timestep_type={scheduler.config.timestep_type!r}; for such a model give an EDMEulerScheduler."
-        )
+        raise ValueError(f"{name} has timestep_type={scheduler.config.timestep_type!r}: give an EDMEulerScheduler.")
     if not flow:
         if network is not model and not _is_unet(network):
             raise TypeError(
@@ -204,20 +199,17 @@ def _discrete(unet: nn.Module, scheduler: Any, quantize: bool) -> DiscreteDenois
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None:
         raise ValueError(
-            f"{name} has no alphas_cumprod, so its noise levels are not those of a discrete DDPM, which k-diffusion's denoisers "
-            f"are made for. Give the scheduler that the model was trained with, such as DDIMScheduler."
+            f"{name} has no alphas_cumprod, from which the noise levels follow. Give the scheduler that the model was trained with, "
+            f"such as DDIMScheduler."
         )
     scalings = _of_prediction(scheduler, PREDICTIONS)
     lowest, highest = float(alphas_cumprod.min()), float(alphas_cumprod.max())
+    if not 0 <= lowest <= highest < 1:
+        raise ValueError(f"{name} has alphas_cumprod from {lowest:g} to {highest:g}, so that a sigma is zero or undefined.")
     if lowest < 1e-6 and scalings is epsilon:
         raise ValueError(
-            f"{name} ends at a zero terminal SNR, where x is noise alone and a prediction of the noise says nothing about the "
-            f"picture. Load it with rescale_betas_zero_snr=False, or prediction_type='v_prediction' if the model predicts v."
-        )
-    if lowest < 0 or highest >= 1:
-        raise ValueError(
-            f"{name} has alphas_cumprod from {lowest:g} to {highest:g}, so that a sigma is zero or undefined, which "
-            f"k-diffusion cannot represent."
+            f"{name} ends at a zero terminal SNR, where the noise says nothing about the picture. Load it with "
+            f"rescale_betas_zero_snr=False, or prediction_type='v_prediction' if the model predicts v."
         )
     schedule = alphas_cumprod.float().clamp(min=LOWEST_ALPHA).to(execution_device(unet))
     return DiscreteDenoiser(unet, schedule, scalings, quantize)
@@ -249,18 +241,16 @@ def _parts_of(pipe: Any, scheduler: Any) -> tuple[nn.Module, Any]:
     """What makes a pipeline's predictions, and its scheduler."""
     name, network = type(pipe).__name__, network_of(pipe)
     if network is None or not hasattr(pipe, "scheduler"):
-        raise TypeError(
-            f"Expected a diffusers pipeline with a UNet or transformer, or such a network and its scheduler; got a {name}."
-        )
+        raise TypeError(f"Expected a diffusers pipeline, or a UNet or transformer and its scheduler; got a {name}.")
     if getattr(pipe, "adapter", None) is not None:
         raise ValueError(
-            f"A {name} has a T2I-Adapter, which a denoiser of its UNet would leave out. Call denoiser(pipe.unet, pipe.scheduler), "
-            f"and give cond and uncond its residuals: down_intrablock_additional_residuals=pipe.adapter(picture)."
+            f"A {name} has a T2I-Adapter. Call denoiser(pipe.unet, pipe.scheduler), and give cond and uncond its residuals: "
+            f"down_intrablock_additional_residuals=pipe.adapter(picture)."
         )
     controlnet = getattr(pipe, "controlnet", None)
     if controlnet is not None and type(controlnet).__name__ not in ("ControlNetModel", "MultiControlNetModel"):
         raise ValueError(
-            f"A {name} has a {type(controlnet).__name__}, which ksag does not support: it takes a ControlNetModel. To go without "
-            f"it, denoiser(network, pipe.scheduler) of its UNet or transformer."
+            f"A {name} has a {type(controlnet).__name__}, which ksag does not support, only a ControlNetModel. Without it: "
+            f"denoiser(network, pipe.scheduler)."
         )
     return network if controlnet is None else ControlledUNet(network, controlnet), scheduler or pipe.scheduler

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -46,6 +47,8 @@ PARTS = {
 }
 """Part → its library and the classes it may have. A name may end in _2 or _3, as in text_encoder_2."""
 
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+
 CONFIGS = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -54,22 +57,15 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 Weights: TypeAlias = Callable[[Path, dict[str, Any]], dict[str, Tensor]]
 """(folder of a part, its config) → its tensors."""
 
-Loaded: TypeAlias = tuple[Any, dict[str, Collection[str]]]
-"""A model; and "missing", "unexpected" and "of another shape" → the names of such tensors."""
+Loaded: TypeAlias = tuple[Any, Collection[str], Collection[str], Collection[str]]
+"""A model, and the names of tensors that are missing, unexpected, or of another shape."""
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The model_index.json of a pipeline, without the parts that are null.
-
-    Raises:
-        ValueError: it is missing or damaged, or it names a pipeline or a class that ksag does not know.
-    """
+    """The model_index.json of a pipeline, without the parts that are null; a ValueError if it names a class not listed above."""
     file = folder / "model_index.json"
     if not file.is_file():
-        raise ValueError(
-            f"{folder} has no model_index.json, so it is not the folder of a diffusers pipeline. Give that folder, or a whole "
-            f".safetensors checkpoint."
-        )
+        raise ValueError(f"{folder} has no model_index.json, so it is not the folder of a diffusers pipeline.")
     index = {name: value for name, value in _read_json(file).items() if value not in (None, [None, None])}
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
@@ -91,11 +87,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path, index: dict[str, Any], pipeline: str, dtype: torch.dtype, weights: Weights) -> Any:
-    """A pipeline on the CPU, without a safety checker, from the configs in a folder.
-
-    Raises:
-        ValueError: a part is missing or damaged; the message begins with its file or folder.
-    """
+    """A pipeline on the CPU, without a safety checker, from the configs in a folder. Errors begin with the file or folder."""
     whole = _class("diffusers", pipeline)
     parts: dict[str, Any] = {}
     for name, parameter in list(inspect.signature(whole.__init__).parameters.items())[1:]:
@@ -109,6 +101,7 @@ def build(folder: Path, index: dict[str, Any], pipeline: str, dtype: torch.dtype
         elif parameter.default is inspect.Parameter.empty:
             parts[name] = None
     pipe = _call(folder, whole, **parts)
+    _fit_tokenizers(pipe, folder)
     _check_widths(pipe, folder)
     return pipe
 
@@ -116,16 +109,20 @@ def build(folder: Path, index: dict[str, Any], pipeline: str, dtype: torch.dtype
 def _load_part(folder: Path, library: str, name: str, dtype: torch.dtype, weights: Weights) -> Any:
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing: model_index.json names it as a {name}.")
-    part = _class(library, name)
     if "Tokenizer" in name:
-        return _call(folder, part.from_pretrained, str(folder), local_files_only=True, trust_remote_code=False)
+        if not any((folder / file).is_file() for file in VOCABULARIES):  # transformers would make an empty one
+            raise ValueError(f"{folder} has no vocabulary: expected {' or '.join(VOCABULARIES)}. Download it again.")
+        if (folder / VOCABULARIES[0]).is_file():  # read by the fast tokenizers of transformers 4 only
+            name = name.removesuffix("Fast") + "Fast"
+        return _call(folder, _class(library, name).from_pretrained, str(folder), local_files_only=True, trust_remote_code=False)
+    part = _class(library, name)
     config = _read_json(folder / CONFIGS.get(folder.name, "config.json")) | {"_class_name": name}
     if folder.name in CONFIGS:
         return _call(folder, part.from_config if library == "diffusers" else part.from_dict, config)
     make = _diffusers_model if library == "diffusers" else _transformers_model
-    model, differences = _call(folder, make, part, config, weights(folder, config), dtype)
-    found = [f"{kind}: {', '.join(sorted(names)[:3])} ({len(names)} in all)" for kind, names in differences.items() if names]
-    if found:
+    model, *differences = _call(folder, make, part, config, weights(folder, config), dtype)
+    kinds = zip(("missing", "unexpected", "of another shape"), differences, strict=True)
+    if found := [f"{kind}: {', '.join(sorted(names)[:3])} ({len(names)} in all)" for kind, names in kinds if names]:
         raise ValueError(f"{folder} has weights that do not fit its config.json. Tensors {'; '.join(found)}.")
     return model.eval()
 
@@ -171,8 +168,7 @@ def _diffusers_model(part: Any, config: dict[str, Any], tensors: dict[str, Tenso
     mismatched = {name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape}
     if not mismatched:
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False, assign=True)
-    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    return model, {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    return model, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), mismatched
 
 
 def _transformers_model(part: Any, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> Loaded:
@@ -191,7 +187,21 @@ def _transformers_model(part: Any, config: dict[str, Any], tensors: dict[str, Te
         logger.setLevel(level)
     unexpected = [name for name in info["unexpected_keys"] if not name.endswith("position_ids")]
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
-    return model, {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": mismatched}
+    return model, info["missing_keys"], unexpected, mismatched
+
+
+def _fit_tokenizers(pipe: Any, folder: Path) -> None:
+    """Limits CLIP's tokenizers to as many tokens as their text encoders take, which a folder may not say."""
+    for name in (name for name in pipe.components if name.startswith("tokenizer")):
+        tokenizer, encoder = getattr(pipe, name), getattr(pipe, name.replace("tokenizer", "text_encoder"))
+        if tokenizer is None or encoder is None:
+            continue
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise ValueError(f"{folder / name} has {len(tokenizer)} tokens, its text encoder {encoder.config.vocab_size}.")
+        longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", math.inf))
+        if longest < 3:
+            raise ValueError(f"{folder / name} has model_max_length={longest}: a prompt needs 3 tokens.")
+        tokenizer.model_max_length = longest
 
 
 def _check_widths(pipe: Any, folder: Path) -> None:
@@ -210,11 +220,7 @@ def _check_widths(pipe: Any, folder: Path) -> None:
 
 
 def read_weights(folder: Path, variant: str | None) -> dict[str, Tensor]:
-    """The tensors in the .safetensors files of a part: of the variant, else without one, else of the only variant.
-
-    Raises:
-        ValueError: there are none, they are damaged, or an index names another kind of file or a file elsewhere.
-    """
+    """The tensors in the .safetensors files of a part: of the variant, else without one, else of the only variant."""
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder, variant):
         read_header(file)  # for its errors

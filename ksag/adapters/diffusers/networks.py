@@ -42,20 +42,19 @@ def _check_keywords(config: Any, kwargs: dict[str, Any]) -> None:
     size = getattr(config, "time_cond_proj_dim", None)
     if size and kwargs.get("timestep_cond") is None:
         raise TypeError(
-            f"This UNet takes its guidance scale as an input, which is missing. Give cond and uncond a timestep_cond, (b, {size}): "
-            f"pipe.get_guidance_scale_embedding(torch.full((b,), guidance_scale - 1), {size})."
+            f"This UNet takes its guidance scale as an input, which is missing: give cond and uncond a timestep_cond, (b, {size}), "
+            f"from pipe.get_guidance_scale_embedding(torch.full((b,), guidance_scale - 1), {size})."
         )
     if getattr(config, "guidance_embeds", False) and kwargs.get("guidance") is None:
         raise TypeError(
             "This transformer takes its guidance scale as an input, which is missing: conditioning(pipe, prompt, guidance=3.5) "
-            "adds it to cond. If you make cond yourself, add a tensor (b,) with the key 'guidance'."
+            "adds it, as a tensor (b,) with the key 'guidance'."
         )
     ip_adapter = getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
     if ip_adapter and "image_embeds" not in (kwargs.get("added_cond_kwargs") or {}):
         raise TypeError(
-            "This UNet has an IP-Adapter, whose picture is missing. Give cond and uncond its embeddings, one tensor for each "
-            "IP-Adapter, as added_cond_kwargs={'image_embeds': [...]}: pipe.prepare_ip_adapter_image_embeds(picture, None, device, "
-            "n, True) gives them, uncond's rows before cond's. Or call pipe.unload_ip_adapter()."
+            "This UNet has an IP-Adapter, whose picture is missing. Give cond and uncond added_cond_kwargs={'image_embeds': [...]}, "
+            "from pipe.prepare_ip_adapter_image_embeds(picture, None, device, n, True), or call pipe.unload_ip_adapter()."
         )
 
 

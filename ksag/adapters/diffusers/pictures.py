@@ -28,8 +28,8 @@ def _is_of_video(vae: Any) -> bool:
 def _finite(values: Tensor, vae: Any) -> Tensor:
     if not bool(values.isfinite().all()):
         raise ValueError(
-            f"The VAE returned values that are infinite or NaN, in {vae.dtype}. SDXL's overflows in float16: call "
-            f"pipe.vae.to(torch.float32), or torch.bfloat16."
+            f"The VAE returned values that are infinite or NaN, in {vae.dtype}. In float16, SDXL's overflows: call "
+            f"pipe.vae.to(torch.float32), or torch.bfloat16. Otherwise, its input or the weights are not finite."
         )
     return values
 
