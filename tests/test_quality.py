@@ -402,7 +402,7 @@ def test_the_pages_commands_and_python_run(tmp_path, monkeypatch, whose):
     assert len(lines) == {"bundled": 3, "own": 4}[whose]
     for line in lines:
         output = invoke(*shortened(line))
-    assert re.search(r"plain 4 [\d.]+ .* with-sag 4 [\d.]+", output)
+    assert re.search(r"plain 4 [\d.]+ .* guided 4 [\d.]+", output)
     if whose == "bundled":
         (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
         names = {}
