@@ -2,15 +2,21 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import k_diffusion as K
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import ksag
+from ksag.adapters import diffusers
 from ksag.adapters.diffusers import DiscreteDenoiser
+from tests import flow_pipelines
 from tests.diffusers_pipelines import stable_diffusion
 from tests.models import make_denoiser, openai_unet, seeded
+from tests.test_dimensions import sound, stable_audio
 
 PAGE = (Path(__file__).parents[1] / "docs" / "coming-from.md").read_text()
 BLOCKS = dict(re.findall(r"^## (.+?)\n.*?```python\n(.*?)```", PAGE, re.M | re.S))
@@ -47,6 +53,58 @@ def test_diffusers(tmp_path):
     assert isinstance(guided.inner_model, DiscreteDenoiser) and guided.inner_model.quantize
 
 
+@pytest.mark.parametrize(
+    ("tool", "make", "name"),
+    [
+        ("diffusers, Stable Diffusion 3", flow_pipelines.stable_diffusion_3, ("stabilityai/", "stable-diffusion-3.5-medium")),
+        ("diffusers, Flux", flow_pipelines.flux, ("black-forest-labs/", "FLUX.1-dev")),
+    ],
+)
+def test_scripts_of_flow_matching(tmp_path, monkeypatch, tool, make, name):
+    """Unchanged except for the weights, the device and the size; without SAG, the picture is diffusers' own."""
+    make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code = BLOCKS[tool]
+    changes = {f'"{name[0]}"': '"pi"', f'"{name[1]}"': '"pe"', "1024, 1024": "16, 24", '"cuda"': '"cpu"', "bfloat16": "float32"}
+    for old, new in changes.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    code = code.replace(", 28", ", 3")
+    with_sag = pixels_of(run(tool, code)["picture"])
+    assert torch.equal(pixels_of(Image.open("cat.png")), with_sag)
+    names = run(tool, code.replace("sag_scale=0.5", "sag_scale=0"))
+    pipe, latents = diffusers.load("pipe"), names["noise"]
+    options = {"num_inference_steps": 3, "guidance_scale": names["guidance_scale"], **flow_pipelines.SIZE}
+    if "Flux" in tool:
+        latents = flow_pipelines.pack(latents)
+    else:
+        options["negative_prompt"] = "blurry"
+    expected = pixels_of(pipe("a cat", **options, latents=latents).images[0])
+    difference = (pixels_of(names["picture"]) - expected).abs()
+    assert difference.max() <= 2 and difference.mean() < 0.2  # of 255
+    assert (with_sag - expected).abs().mean() > 0.5
+
+
+def pixels_of(picture):
+    return pil_to_tensor(picture).float()
+
+
+def test_stable_audio_tools():
+    """With its transformer, in a stand-in for the model's wrappers, which need more packages."""
+    denoiser, cond = stable_audio(), {name: value for name, value in sound(batch=1)[2].items() if "global" not in name}
+    dit = denoiser.inner_model
+    model = SimpleNamespace(
+        model=dit, conditioner=lambda texts, device: texts, get_conditioning_inputs=lambda texts: cond | {"x": None}
+    )
+    code = BLOCKS["stable-audio-tools"].replace("100, 0.3", "3, 0.3")
+    noise = torch.randn(1, 4, 24)
+    names = run("", code, model=model, conditioning=[{}], device="cpu", noise=noise)
+    x, sigma = noise * 3, torch.full((1,), 3.0)
+    plain = names["guided"](x, sigma, **names["extra_args"], sag_scale=0.0)
+    torch.testing.assert_close(plain, denoiser(x, sigma, **cond, cfg_scale=7.0), rtol=1e-4, atol=1e-4)
+    assert names["latents"].shape == noise.shape and names["latents"].isfinite().all()
+
+
 class Schedule:
     """What K.external.OpenAIDenoiser reads of guided-diffusion's."""
 
@@ -70,4 +128,4 @@ def test_the_code_fits_a_narrow_window(tool):
 
 
 def test_each_tool_has_one_block():
-    assert list(BLOCKS) == re.findall(r"^## (.+)$", PAGE, re.M) and PAGE.count("```python") == len(BLOCKS) == 5
+    assert list(BLOCKS) == re.findall(r"^## (.+)$", PAGE, re.M) and PAGE.count("```python") == len(BLOCKS) == 8

@@ -18,7 +18,9 @@ from tests.diffusers_pipelines import (
     stable_diffusion_with_t2i_adapter,
     stable_diffusion_xl,
 )
+from tests.flow_pipelines import flux, stable_diffusion_3
 
+SMALL = {"1024, 1024": "16, 24", "0, 28": "0, 3"}
 DOCUMENT = Path(__file__).parents[1] / "docs" / "diffusers.md"
 
 
@@ -55,12 +57,24 @@ def run_example(heading, edit=lambda code: code, **names):
     return names
 
 
-@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_xl])
-def test_the_whole_script(tmp_path, monkeypatch, make):
-    """Unchanged except for the name of the weights, which are not available here, and the size."""
+@pytest.mark.parametrize(
+    ("make", "heading", "changes"),
+    [
+        (stable_diffusion, "", {'"stable-diffusion-v1-5/stable-diffusion-v1-5"': "'pipe'", "512, 512": "16, 24", "0, 25": "0, 3"}),
+        (
+            stable_diffusion_xl,
+            "",
+            {'"stable-diffusion-v1-5/stable-diffusion-v1-5"': "'pipe'", "512, 512": "16, 24", "0, 25": "0, 3"},
+        ),
+        (stable_diffusion_3, "Stable Diffusion 3", {'"stabilityai/stable-diffusion-3.5-medium"': "'pipe'", **SMALL}),
+        (flux, "Flux", {'"black-forest-labs/FLUX.1-dev"': "'pipe'", **SMALL}),
+    ],
+    ids=["1.x", "XL", "3", "Flux"],
+)
+def test_the_whole_scripts(tmp_path, monkeypatch, make, heading, changes):
+    """Unchanged except for the name of the weights, which are not available here, the size and the number of steps."""
     make(tmp_path)
     monkeypatch.chdir(tmp_path)
-    changes = {'"stable-diffusion-v1-5/stable-diffusion-v1-5"': "'pipe'", "512, 512": "16, 24"}
 
     def edit(code):
         for old, new in changes.items():
@@ -68,11 +82,10 @@ def test_the_whole_script(tmp_path, monkeypatch, make):
             code = code.replace(old, new)
         return code
 
-    run_example("", edit)
-    picture = np.asarray(Image.open("cat.png"))
-    assert picture.shape == (16, 24, 3) and picture.std() > 1
-    run_example("", edit)
-    assert np.array_equal(np.asarray(Image.open("cat.png")), picture)
+    names = run_example(heading, edit)
+    (saved,) = tmp_path.glob("*.png")
+    picture = np.asarray(Image.open(saved))
+    assert picture.shape == (16, 24, 3) and picture.std() > 1 and np.array_equal(picture, np.asarray(names["picture"]))
 
 
 def test_image_to_image_example(tmp_path, pictures):
