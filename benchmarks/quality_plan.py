@@ -1,14 +1,13 @@
-"""Which rows the quality benchmark measures: the settings that `choose` tries, and the tables of `report`.
-
-`choose` tries the same number of settings for each method, on seeds that `report` does not use: three that are written here, the
-best of them stronger and weaker, and the best of these at other noise levels. SAG + PAG starts from the best of both. The score of
-a setting is the mean over the samplers of log(FD / FD of plain sampling at the same number of evaluations).
+"""Which rows the quality benchmark measures: the settings that `choose` tries the same number of settings for each method, on seeds that `report` does not use: three that are written here, the
+best of them stronger and weaker, and the best of these at other noise levels. If even the best is worse than plain sampling, only
+weaker ones follow. SAG + PAG starts from the best of both. The score of a setting is the mean over the samplers of
+log(FD / FD of plain sampling at the same number of evaluations).
 """
 
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +79,15 @@ def starts(model: str, method: str, best: dict[str, Directions]) -> list[Directi
     return [changed(sag, a) + changed(pag, b) for a, b in ((0.7, 0.7), (0.5, 1.0), (1.0, 0.5))]
 
 
-def moves(model: str, tried: Sequence[Directions], best: Directions) -> list[Directions]:
-    """What to try after the first three settings: two other strengths of the best. After those: other noise levels."""
-    new = [changed(best, factor) for factor in (1.4, 0.7, 2.0, 0.5)]
-    if len(tried) > 3:
+def moves(model: str, scores: Mapping[Directions, float], best: Directions) -> list[Directions]:
+    """What to try after the first three settings: two other strengths of the best, weaker ones if even that is worse than plain
+    sampling. After those: other noise levels.
+    """
+    weaker = scores[best] > 0
+    new = [changed(best, factor) for factor in ((0.5, 0.25, 0.125) if weaker else (1.4, 0.7, 2.0, 0.5))]
+    if len(scores) > 3 and not weaker:
         new = [changed(best, sigma_range=RANGES[model][1]), *new]
-    return [one for one in new if one not in tried][: 2 if len(tried) == 3 else 1]
+    return [one for one in new if one not in scores][: 2 if len(scores) == 3 else 1]
 
 
 def plain_at(evaluations: float, plain: dict[float, float]) -> float:
@@ -135,7 +137,7 @@ def choose(bench: "Bench", models: Sequence[str], n: int, tries: int) -> Choice:
             now = {}
             for model, method in ((model, method) for method in methods for model in models):
                 before = tried[model, method]
-                new = moves(model, [*before], best[model][method]) if before else starts(model, method, best[model])
+                new = moves(model, before, best[model][method]) if before else starts(model, method, best[model])
                 if new := new[: tries - len(before)]:
                     now[model, method] = new
             if not now:
