@@ -7,7 +7,6 @@ explore(guided, (3, 64, 64), sigmas, choices=choices, conditioning=ksag.zoo.cond
 
 import base64
 import concurrent.futures
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,6 @@ class Result(NamedTuple):
     settings: Settings
     plain: Tensor | None  # every scale at 0; None before it is sampled
     guided: Tensor
-    middle: Tensor | None  # after one plain Euler step to a sigma at which a direction acts; where previews start
     is_preview: bool
 
 
@@ -92,19 +90,20 @@ class Sampling:
 
         decode = self.decode or (lambda x: x)
         kept = last is not None and all(last.settings[k] == settings[k] for k in settings.keys() - self.keywords().keys())
-        plain, middle, preview = (last.plain, last.middle, None) if last is not None and kept else (None, None, None)
-        if len(self.sigmas) > 4:
-            ranges, inner = [direction.sigma_range for direction in directions], self.sigmas[1:-1].tolist()
+        plain, preview = last.plain if last is not None and kept else None, None
+        if len(self.sigmas) > 4:  # a plain Euler step to a sigma at which a direction acts, then a guided one to 0
+            inner = self.sigmas[1:-1].tolist()
+            ranges = [direction.sigma_range for direction in directions]
             acting = [i for i, sigma in enumerate(inner, 1) if any(low <= sigma <= high for low, high in ranges)] or [1]
             two = self.sigmas[[0, acting[len(acting) // 2]]]
-            middle = sampled("preview", "euler", two, **off) if middle is None else middle
-            preview = decode(self.guided.run()(middle, two[1].expand(self.n), **args)).cpu()
-            yield Result(settings, plain, preview, middle, is_preview=True)
+            x = sampled("preview", "euler", two, **off)
+            preview = decode(self.guided.run()(x, two[1].expand(self.n), **args)).cpu()
+            yield Result(settings, plain, preview, is_preview=True)
         if plain is None:
             plain = decode(sampled("plain", settings["sampler"], self.sigmas, **off)).cpu()
             if preview is not None:
-                yield Result(settings, plain, preview, middle, is_preview=True)
-        yield Result(settings, plain, decode(sampled("guided", settings["sampler"], self.sigmas)).cpu(), middle, is_preview=False)
+                yield Result(settings, plain, preview, is_preview=True)
+        yield Result(settings, plain, decode(sampled("guided", settings["sampler"], self.sigmas)).cpu(), is_preview=False)
 
     def code(self, settings: Settings) -> str:
         """Python code that samples `Result.guided` at these settings, bit for bit, as `images`."""
@@ -116,9 +115,10 @@ class Sampling:
         if self.conditioning is not None:
             lines.append(f"cond, uncond = conditioning({', '.join(map(repr, self.names(settings)))})")
             args.append('"cond": cond, "uncond": uncond')
-        args += [f'"{word}": {settings[word]!r}' for word in self.start()]
+        args.append(", ".join(f'"{word}": {settings[word]!r}' for word in self.start()))
         call = f'sample("{settings["sampler"]}", guided, {self.shape}, sigmas, {self.seeds(settings)}, args)'
-        lines += ["args = {" + ", ".join(args) + "}", f"images = {call if self.decode is None else f'decode({call})'}"]
+        lines += ["args = {", *(f"    {part}," for part in args if part), "}"]
+        lines.append(f"images = {call if self.decode is None else f'decode({call})'}")
         return "\n".join(lines)
 
     def picture(self, result: Result) -> bytes:
@@ -196,6 +196,7 @@ class explore(widgets.VBox):  # type: ignore[misc]
         self.result: Result | None = None
         self.error = ""
         self._last: Result | None = None
+        self._wanted: Settings | None = None
         self._progress = widgets.FloatProgress(max=1.0, style={"description_width": "initial"})
         self._image = widgets.Image(layout={"align_self": "flex-start", "max_width": "calc(100% - 4px)"})
         self._text = widgets.Output()
@@ -238,12 +239,12 @@ class explore(widgets.VBox):  # type: ignore[misc]
     def _changed(self, _: Any = None) -> None:
         data = {"text/markdown": f"```python\n{self.code}\n```", "text/plain": self.code}
         self._text.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
-        self._wanted: Settings | None = self.settings
-        self._run = self._thread.submit(self._sample, self._wanted)
+        self._wanted = settings = self.settings
+        self._run = self._thread.submit(self._sample, settings)
 
     def _sample(self, settings: Settings) -> None:
         def report(name: str, done: float) -> None:
-            if settings is not self._wanted or not threading.main_thread().is_alive():  # Python waits for threads when it ends
+            if settings is not self._wanted:
                 raise concurrent.futures.CancelledError
             self._progress.value, self._progress.description = done, name
 
@@ -251,9 +252,9 @@ class explore(widgets.VBox):  # type: ignore[misc]
         try:
             for result in self._sampling.run(settings, self._last, report):
                 self._last, self._image.value = result, self._sampling.picture(result)
-        except concurrent.futures.CancelledError:
-            return
         except Exception as error:
+            if settings is not self._wanted:
+                return
             self.error = f"{type(error).__name__}: {error}"
             shown = {"output_type": "stream", "name": "stderr", "text": f"{self.error}\nChange a setting to try again.\n"}
             self._text.outputs = (shown, *self._text.outputs)

@@ -16,12 +16,12 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import einops
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from ksag.guidance.trace import TraceStep
@@ -168,12 +168,11 @@ def saliency(images: Tensor, saliency: Tensor, *, mask: Tensor | None = None, na
     >>> images, attended = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 8, 8) * 2
     >>> figure = saliency(images, attended, names=["cat", "dog"])
     """
-    pixels = _pixels("images", images, None)
-    shape, b = tuple(images.shape), len(images)
-    if saliency.ndim != len(shape) - 1 or len(saliency) != b:
-        raise ValueError(f"saliency must be (b, *grid) for images of shape {shape}, got {tuple(saliency.shape)}.")
-    if mask is not None and (mask.ndim != len(shape) or mask.shape[:2] != (b, 1)):
-        raise ValueError(f"mask must be (b, 1, *spatial) for images of shape {shape}, got {tuple(mask.shape)}.")
+    pixels, b = _pixels("images", images, None), len(images)
+    if saliency.ndim != images.ndim - 1 or len(saliency) != b:
+        raise ValueError(f"saliency must be (b, *grid) for images of {tuple(images.shape)}, got {tuple(saliency.shape)}.")
+    if mask is not None and (mask.ndim != images.ndim or mask.shape[:2] != (b, 1)):
+        raise ValueError(f"mask must be (b, 1, *spatial) for images of {tuple(images.shape)}, got {tuple(mask.shape)}.")
     figure, [axes] = _draw([("", _titles(names, b), [("", pixels)])], room=BAR)
     _overlay(axes[0], pixels, saliency, mask)
     return figure
@@ -197,22 +196,17 @@ def xyz(
     ...     return torch.full((1, 3, 32, 32), sag_scale / blur_sigma)
     >>> figure = xyz(sample, x=("sag_scale", [0, 1]), y=("blur_sigma", [1, 2]))
     """
-    for letter, axis in (("x", x), ("y", y), ("z", z)):
-        if axis is not None and (len(axis) != 2 or not isinstance(axis[0], str) or isinstance(axis, str) or not len(axis[1])):
-            raise ValueError(f"{letter} must be a parameter's name and its values, such as ('blur_sigma', [1, 2]), got {axis!r}.")
     axes = [("", [""]) if axis is None else axis for axis in (z, y, x)]
     names = [name for name, _ in axes if name]
-    if len(set(names)) < len(names):
-        raise ValueError(f"Each axis needs a parameter of its own, got {', '.join(names)}.")
+    if len(set(names)) < len(names) or not all(len(values) for _, values in axes):
+        raise ValueError(f"Each axis needs a parameter of its own and values for it, such as ('blur_sigma', [1, 2]), got {axes}.")
     grid = itertools.product(*(values for _, values in axes))
     settings = [{name: value for (name, _), value in zip(axes, values, strict=True) if name} for values in grid]
     bar = tqdm(settings, desc=" × ".join(reversed(names)), unit="setting")
     results = [_pixels(f"sample(**{setting})", sample(**setting), decode) for setting in bar]
-    across = math.ceil(math.sqrt(len(results[0])))
-    sheets = (_sheet(pixels, across) for pixels in results)
+    sheets = (_sheet(pixels) for pixels in results)
     panels, rows, columns = ([f"{name} {v:g}" if isinstance(v, float) else f"{name} {v}".strip() for v in vs] for name, vs in axes)
-    drawn = [(panel, columns, [(row, [next(sheets) for _ in columns]) for row in rows]) for panel in panels]
-    return _draw(drawn, max(1, min(len(panels), int((WIDTH + 1) / (len(columns) * across * NARROWEST + 1)))))[0]
+    return _draw([(panel, columns, [(row, [next(sheets) for _ in columns]) for row in rows]) for panel in panels])[0]
 
 
 @torch.no_grad()
@@ -259,12 +253,11 @@ def _strip(frames: Array) -> Array:
     return np.concatenate(list(frames), axis=1)
 
 
-def _sheet(pixels: Array, across: int) -> Array:
-    """(b, frames, h, w, 3) → (1, H, W, 3): the b pictures in rows of `across`, with white between them."""
-    strips = np.stack([_strip(frames) for frames in pixels])
-    gap = max(1, strips.shape[2] // 32)
-    padded = np.pad(strips, ((0, -len(strips) % across), (gap, gap), (gap, gap), (0, 0)), constant_values=1.0)
-    return einops.rearrange(padded, "(y x) h w c -> 1 (y h) (x w) c", x=across)
+def _sheet(pixels: Array) -> Array:
+    """(b, frames, h, w, 3) → (1, H, W, 3): the b pictures in a square of rows, with white between them."""
+    strips = torch.from_numpy(np.stack([_strip(frames) for frames in pixels])).permute(0, 3, 1, 2)
+    across, gap = math.ceil(math.sqrt(len(strips))), max(1, strips.shape[2] // 32)
+    return np.asarray(make_grid(strips, across, padding=gap, pad_value=1.0).permute(1, 2, 0)[None])
 
 
 def _titles(names: Sequence[Any] | None, count: int) -> list[str]:
@@ -274,16 +267,16 @@ def _titles(names: Sequence[Any] | None, count: int) -> list[str]:
     return titles
 
 
-def _draw(panels: Sequence[Panel], abreast: int = 1, room: float = 0.0) -> tuple[Figure, list[Array]]:
-    """Panels, `abreast` side by side, with `room` inches for a colour bar: the figure, and each panel's axes by row and column."""
+def _draw(panels: Sequence[Panel], room: float = 0.0) -> tuple[Figure, list[Array]]:
+    """Panels below each other, with `room` inches for a colour bar: the figure, and each panel's axes by row and column."""
     height, width = _strip(panels[0][2][0][1][0]).shape[:2]
     most, wide = max(len(columns) for _, columns, _ in panels), max(1.0, width / height / 2)
-    side = min(max(NARROWEST * wide, (WIDTH / abreast - 0.9 * (abreast > 1)) / most), 1 + width / 100, 3.2 * wide)
-    heights = [len(rows) * (side * height / width + GAP) + 0.6 + 0.3 * bool(title) for title, _, rows in panels[::abreast]]
-    figure = Figure((abreast * (most * side + 1.3) + room, sum(heights)), dpi=100, layout="compressed")
-    parts = figure.subfigures(len(heights), abreast, squeeze=False, height_ratios=heights).flat if len(panels) > 1 else [figure]
+    side = min(max(NARROWEST * wide, WIDTH / most), 1 + width / 100, 3.2 * wide)
+    heights = [len(rows) * (side * height / width + GAP) + 0.6 + 0.3 * bool(title) for title, _, rows in panels]
+    figure = Figure((most * side + 1.3 + room, sum(heights)), dpi=100, layout="compressed")
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flat if len(panels) > 1 else [figure]
     grids = []
-    for part, (title, columns, rows) in zip(parts, panels, strict=False):
+    for part, (title, columns, rows) in zip(parts, panels, strict=True):
         part.suptitle(title, fontsize=FONT + 2)
         grids.append(part.subplots(len(rows), len(columns), squeeze=False))
         for ax, column in zip(grids[-1][0], columns, strict=True):

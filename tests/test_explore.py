@@ -5,7 +5,6 @@ import copy
 import gc
 import io
 import re
-import subprocess
 import sys
 import threading
 import weakref
@@ -14,13 +13,14 @@ import k_diffusion as K
 import nbformat
 import pytest
 import torch
+import traitlets
 from nbconvert import HTMLExporter
 from PIL import Image
 
 import ksag
 import ksag.explore
 from ksag.explore import VIEW, Result, Sampling, explore
-from ksag.samplers import SAMPLERS, sample
+from ksag.samplers import sample
 from tests.models import CLASSES as NUMBER_OF_CLASSES
 from tests.models import hooks
 
@@ -60,11 +60,13 @@ def calls(denoiser):
 
 
 @pytest.fixture
-def opened(guided):
-    """Opens widgets, and closes them at the end."""
+def opened(guided, monkeypatch):
+    """Opens widgets, and closes them at the end. Only with `draw` do they draw a picture, which takes longer than the samples."""
     widgets = []
 
-    def open_(wrapper=guided, sigmas=SIGMAS, **options):
+    def open_(wrapper=guided, sigmas=SIGMAS, draw=False, **options):
+        if not draw:
+            monkeypatch.setattr(Sampling, "picture", lambda self, result: repr(result).encode())
         widgets.append(explore(wrapper, SHAPE, sigmas, **{"sampler": "euler", **options}))
         return widgets[-1]
 
@@ -203,7 +205,7 @@ def test_latents_are_decoded(opened):
 @pytest.mark.parametrize("spatial", [(40,), (8, 12), (5, 8, 12)])
 def test_a_picture_of_samples_with_any_number_of_dimensions(guided, spatial):
     x = torch.rand(2, 3, *spatial) * 2 - 1
-    png = sampling(guided).picture(Result({"sampler": "euler", "seed": 0}, None, x, None, is_preview=True))
+    png = sampling(guided).picture(Result({"sampler": "euler", "seed": 0}, None, x, is_preview=True))
     assert min(Image.open(io.BytesIO(png)).size) > 100
 
 
@@ -230,7 +232,7 @@ def test_a_preview_then_plain_samples_then_guided_ones(guided):
     # with other settings of a direction the plain samples stay
     again = list(session.run({**settings, "pag_scale": 2.0}, whole, ignore))
     assert [result.is_preview for result in again] == [True, False] and all(result.plain is plain.plain for result in again)
-    assert again[0].middle is whole.middle and not torch.equal(again[0].guided, preview.guided)
+    assert not torch.equal(again[0].guided, preview.guided)
 
 
 def test_a_preview_has_a_step_at_which_a_direction_acts(guided):
@@ -281,11 +283,11 @@ def test_the_newest_setting_wins_and_stale_runs_end(opened, calls, gate):
 def test_closing_ends_the_run_and_the_thread(opened, calls, gate, guided):
     entered, open_gate = gate
     widget = opened(**CHOICES)
-    assert entered.wait(60) and widget._thread.is_alive()
+    assert entered.wait(60)
     widget.close()
     open_gate.set()
-    widget._thread.join(60)
-    assert not widget._thread.is_alive() and len(calls) == 1 and widget.result is None and not widget.error
+    widget._thread.shutdown()
+    assert len(calls) == 1 and widget.result is None and not widget.error
     widget.controls["seed"].value = 8
     assert widget.wait(0) and len(calls) == 1
     assert guided(torch.randn(1, *SHAPE), torch.ones(1)).isfinite().all()
@@ -296,28 +298,13 @@ def test_closing_releases_the_wrapper(denoiser):
     widget = settled(explore(guided, SHAPE, SIGMAS, sampler="euler", **CHOICES))
     left, thread = [weakref.ref(widget), weakref.ref(guided)], widget._thread
     widget.close()
-    thread.join(60)
+    thread.shutdown()
     del widget, guided
     gc.collect()
     assert [ref() for ref in left] == [None, None] and not hooks(denoiser)
 
 
-@pytest.mark.slow
-def test_python_ends_well_in_the_middle_of_a_run():
-    code = """
-import time
-import k_diffusion as K, ksag, ksag.zoo
-from ksag.explore import explore
-widget = explore(ksag.SAGDenoiser(ksag.zoo.load()), (3, 64, 64), K.sampling.get_sigmas_karras(1000, 0.32, 160.0))
-while not widget._progress.value:
-    time.sleep(0.01)
-print(widget._progress.description)
-"""
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "preview\n", "")
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["heun", "dpm_fast", "dpm_adaptive", "dpmpp_2m"])
 def test_progress_goes_from_nothing_to_the_end(guided, sampler):
     reports = []
     session = sampling(guided, K.sampling.get_sigmas_karras(4, 0.1, 20.0), n=1)
@@ -357,7 +344,7 @@ def test_an_error_of_a_users_function_is_shown_and_the_next_change_recovers(open
     ],
 )
 def test_samples_that_cannot_be_shown(opened, decode, message):
-    assert re.match(message, settled(opened(decode=decode)).error)
+    assert re.match(message, settled(opened(draw=True, decode=decode)).error)
 
 
 def test_a_closed_wrapper(opened, guided):
@@ -366,20 +353,16 @@ def test_a_closed_wrapper(opened, guided):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("wrong", "error", "message"),
     [
-        ({"choices": {"animal": ANIMALS}}, "both choices and conditioning"),
-        ({"conditioning": conditioning}, "both choices and conditioning"),
-        ({"choices": {"animal": "cat"}, "conditioning": conditioning}, r"choices\['animal'\] is a list of names.* got 'cat'"),
-        ({"choices": {"animal": ()}, "conditioning": conditioning}, r"choices\['animal'\] is a list of names.* got \(\)"),
-        ({"choices": {"seed": ANIMALS}, "conditioning": conditioning}, r"choices\['seed'\].* a name that no other control has"),
-        ({"extra_args": {"pag_scale": torch.ones(2)}}, r"pag_scale is the same for all samples here, got a tensor of shape \(2,\)"),
-        ({"sampler": "dpm++"}, r"sampler must be one of euler, .*got 'dpm\+\+'"),
+        ({"choices": {"animal": ANIMALS}}, ValueError, "both choices and conditioning"),
+        ({"conditioning": conditioning}, ValueError, "both choices and conditioning"),
+        ({"sampler": "dpm++"}, traitlets.TraitError, "Invalid selection"),
     ],
 )
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_bad_arguments(guided, wrong, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_arguments(guided, wrong, error, message):
+    with pytest.raises(error, match=message):
         explore(guided, SHAPE, SIGMAS, **wrong)
 
 
@@ -393,7 +376,6 @@ def test_without_ipywidgets(monkeypatch):
 # The code
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
 @pytest.mark.parametrize(
     "given",
     [
@@ -406,12 +388,12 @@ def test_without_ipywidgets(monkeypatch):
         {"extra_args": {"mapping_cond": conditioning(["cat", "hen"])[0]}},
         {"decode": lambda latents: latents.repeat_interleave(2, 2)},
     ],
-    ids=["unconditional", "function of a module", "function of a cell", "extra_args", "decode"],
+    ids=["unconditional", "one menu", "two menus", "extra_args", "decode"],
 )
-def test_the_code_gives_the_same_images(opened, guided, sampler, given):
+def test_the_code_gives_the_same_images(opened, guided, given):
     widget = opened(**given)
     controls = widget.controls
-    controls["sampler"].value, controls["seed"].value, controls["blur_sigma"].value = sampler, 4, 0.1 + 0.2
+    controls["sampler"].value, controls["seed"].value, controls["blur_sigma"].value = "dpmpp_2m_sde", 4, 0.1 + 0.2
     if menus := given.get("choices"):
         controls["cond_scale"].value = 2.7
         for menu, options in menus.items():
@@ -421,8 +403,6 @@ def test_the_code_gives_the_same_images(opened, guided, sampler, given):
     assert shown["data"] == {"text/plain": widget.code, "text/markdown": f"```python\n{widget.code}\n```"}
 
     names = {"guided": guided, "sigmas": SIGMAS, **copy.copy(given)}
-    if given is CHOICES:
-        del names["conditioning"]
     with torch.no_grad():
         exec(widget.code, names)
     assert torch.equal(names["images"], widget.result.guided)
@@ -445,7 +425,7 @@ def test_a_notebook_without_a_kernel_shows_the_last_picture(opened, monkeypatch)
         return Handle() if display_id else None
 
     monkeypatch.setattr(ksag.explore, "display", display)
-    widget = settled(opened())
+    widget = settled(opened(draw=True))
     widget._ipython_display_()
     assert [output[VIEW]["model_id"] for output in outputs] == [widget.model_id, widget._hidden.model_id]
     widget.controls["seed"].value = 5

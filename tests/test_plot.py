@@ -324,24 +324,15 @@ def test_xyz_of_one_axis_has_names_of_any_kind():
 def test_xyz_tiles_the_samples_of_a_setting():
     x = pictures(3)
     sheet = drawn(grid(plot.xyz(lambda sag_scale: x, x=("sag_scale", [1])))[0][0])
-    assert sheet.shape == (2 * 34, 2 * 34, 3)
-    np.testing.assert_allclose(sheet[1:33, 35:67], as_drawn(x[1]), atol=1e-6)
-    np.testing.assert_array_equal(sheet[34:, 34:], 1)
-
-
-@pytest.mark.parametrize(("b", "side_by_side"), [(1, True), (2, False)])
-def test_xyz_puts_panels_side_by_side_where_their_pictures_stay_large_enough(b, side_by_side):
-    x = pictures(b)
-    figure = plot.xyz(lambda **setting: x, x=SCALES, y=("blur_sigma", [1, 2]), z=("cond_scale", [1, 3]))
-    first, second = (panel.bbox for panel in figure.subfigs)
-    assert (first.y0 == second.y0) == side_by_side
-    assert all(ax.get_window_extent().width > 0.7 * b * plot.NARROWEST * figure.dpi for ax in figure.axes)
+    assert sheet.shape == (2 * 33 + 1, 2 * 33 + 1, 3)
+    np.testing.assert_allclose(sheet[1:33, 34:66], as_drawn(x[1]), atol=1e-6)
+    np.testing.assert_array_equal(sheet[33:, 33:], 1)
 
 
 def test_xyz_decodes():
     latents = pictures(1, channels=4)
     figure = plot.xyz(lambda sag_scale: latents, x=SCALES, decode=decode)
-    np.testing.assert_allclose(drawn(grid(figure)[0][2])[2:-2, 2:-2], as_drawn(decode(latents)[0]), atol=1e-6)
+    np.testing.assert_allclose(drawn(grid(figure)[0][2]), as_drawn(decode(latents)[0]), atol=1e-6)
 
 
 def test_xyz_shows_its_progress(capsys):
@@ -355,20 +346,19 @@ PROMPT = "a photograph of an astronaut who rides a horse on the moon, highly det
 
 
 def long_panels() -> plot.Figure:
-    axes = {"x": ("mask_threshold", [0.8, 1.0, 1.25]), "y": ("sampler", ["dpmpp_2s_ancestral", "dpmpp_3m_sde"])}
-    return plot.xyz(lambda **setting: pictures(1), z=("cond_scale", [1, 2, 3]), **axes)
+    axes = {"x": ("mask_threshold", [0.8, 1.25]), "y": ("sampler", ["dpmpp_2s_ancestral", "dpmpp_3m_sde"])}
+    return plot.xyz(lambda **setting: pictures(1), z=("cond_scale", [1, 2]), **axes)
 
 
 FIGURES = {
-    "compare": lambda: plot.compare({"plain": pictures(6), "with SAG": pictures(6)}, names=["automobile"] * 6, difference=True),
+    "compare": lambda: plot.compare({"plain": pictures(8), "with SAG": pictures(8)}, names=["automobile"] * 8),
     "one": lambda: plot.compare({"one": pictures(1)}),
-    "many": lambda: plot.compare({"x": pictures(16)}),
     "wide": lambda: plot.compare({"with Self-Attention Guidance": pictures(2, (32, 96))}, names=[PROMPT] * 2),
     "tall and large": lambda: plot.compare({"x": pictures(3, (256, 128))}),
-    "trace": lambda: plot.trace([sag_step(80.0 / 1.37**i) for i in range(12)], columns=10),
-    "directions": lambda: plot.trace([step(80.0 / 1.37**i) for i in range(12) for step in (sag_step, pag_step)]),
+    "trace": lambda: plot.trace([sag_step(80.0 / 1.37**i) for i in range(5)]),
+    "directions": lambda: plot.trace([step(80.0 / 1.37**i) for i in range(3) for step in (sag_step, pag_step)]),
     "video": lambda: plot.compare({"x": torch.rand(2, 3, 9, 32, 48), "y": torch.rand(2, 3, 9, 32, 48)}, names=NAMES[:2]),
-    "strip": lambda: plot.trace([sag_step(80.0 / 2**i, torch.rand(1, 8, 100), (25,)) for i in range(4)]),
+    "strip": lambda: plot.trace([sag_step(80.0 / 2**i, torch.rand(1, 8, 100), (25,)) for i in range(2)]),
     "saliency": lambda: plot.saliency(pictures(), torch.rand(3, 4, 4), names=NAMES),
     "xyz": long_panels,
 }
@@ -427,9 +417,8 @@ BAD = [
         ValueError,
         r"mask must be \(b, 1, .*\(3, 4, 4\)",
     ),
-    (lambda: plot.xyz(pictures, x=("sag_scale", [])), ValueError, "x must be a parameter's name and its values"),
-    (lambda: plot.xyz(pictures, x=SCALES, y="blur_sigma"), ValueError, "y must be .* got 'blur_sigma'"),
-    (lambda: plot.xyz(pictures, x=SCALES, y=("sag_scale", [1])), ValueError, "a parameter of its own, got sag_scale, sag_scale"),
+    (lambda: plot.xyz(pictures, x=("sag_scale", [])), ValueError, "a parameter of its own and values"),
+    (lambda: plot.xyz(pictures, x=SCALES, y=("sag_scale", [1])), ValueError, "a parameter of its own and values"),
     (lambda: plot.xyz(lambda sag_scale: None, x=SCALES), TypeError, r"sample\(\*\*\{'sag_scale': 0\}\) must be .* got NoneType"),
 ]
 

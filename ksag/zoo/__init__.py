@@ -5,22 +5,18 @@ guided = ksag.GuidedDenoiser(ksag.zoo.load(), ksag.zoo.directions(), cond_key="m
 cond, uncond = ksag.zoo.conditioning(["Animals & Nature", "Food & Drink"], ["noto", "twemoji"])
 """
 
-from __future__ import annotations
-
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ksag import PAG, SAG, Direction
 from ksag.zoo import files
-
-if TYPE_CHECKING:  # the functions import it themselves, because it takes seconds
-    import k_diffusion as K
 
 EMOJI = Path(__file__).parent / "emoji.safetensors"
 """The bundled model's weights."""
@@ -74,28 +70,25 @@ def _config_and_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Any], d
     import k_diffusion as K
 
     tensors, metadata = files.read(path)
-    if "config" not in metadata:
+    if not isinstance(metadata.get("config"), dict):
         raise ValueError(
-            f"{path} has no k-diffusion config in its metadata, so the model cannot be built. ksag.zoo.save writes one, and "
-            f"k-diffusion's convert_for_inference.py. For Stable Diffusion and other UNets of diffusers use "
-            f"ksag.adapters.diffusers."
+            f"{path} has no k-diffusion config in its metadata; ksag.zoo.save and k-diffusion's convert_for_inference.py write it. "
+            f"Load Stable Diffusion with ksag.adapters.diffusers, or ksag sample --pipeline."
         )
-    if "sha256" not in metadata and metadata.keys() != {"config"}:
-        raise ValueError(
-            f"{path} has no checksum (sha256) in its metadata, only {', '.join(sorted(metadata))}: it is damaged, or was written "
-            f"neither by ksag.zoo.save nor by k-diffusion's convert_for_inference.py. Download it again, or write it with one of "
-            f"them."
-        )
-    try:
-        if not isinstance(metadata["config"], dict):
-            raise TypeError("it is not a JSON object")
+    if "sha256" not in metadata and metadata.keys() != {"config"}:  # convert_for_inference.py writes the config only
+        raise ValueError(f"{path} has no checksum (sha256) in its metadata: it is damaged. Download it again.")
+    with _named(path):
         return K.config.load_config(metadata["config"]), tensors
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns any error of k-diffusion into one that names the file."""
+    try:
+        yield
     except Exception as error:
-        raise _bad_config(path, error) from error
-
-
-def _bad_config(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    return ValueError(f"{path} has a config that k-diffusion cannot build a model from: {type(error).__name__}: {error}.")
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} has a config that k-diffusion cannot build its model from: {reason}") from error
 
 
 def load_config(weights: str | os.PathLike[str] = EMOJI) -> dict[str, Any]:
@@ -116,7 +109,7 @@ def load_config(weights: str | os.PathLike[str] = EMOJI) -> dict[str, Any]:
 
 def load(
     weights: str | os.PathLike[str] = EMOJI, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> K.layers.Denoiser:
+) -> nn.Module:
     """A k-diffusion denoiser from a safetensors file; by default the bundled model of emoji.
 
     The bundled model takes the vectors of `conditioning` as `mapping_cond`, and denoises images of (b, 3, 64, 64) in [-1, 1] at
@@ -144,18 +137,10 @@ def load(
     import k_diffusion as K
 
     config, state = _config_and_weights(weights)
-    try:
+    with _named(weights):
         model = K.config.make_model(config)
-        denoiser = K.config.make_denoiser_wrapper(config)(model)
-    except Exception as error:
-        raise _bad_config(weights, error) from error
-    given, wanted = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, model.state_dict()))
-    if wrong := sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)):
-        raise ValueError(
-            f"{weights} does not fit its own config: {len(wrong)} of its tensors differ from the model's {len(wanted)}. "
-            f"{wrong[0]} is {given.get(wrong[0], 'missing')} in the file, and {wanted.get(wrong[0], 'unknown')} to the model."
-        )
-    model.load_state_dict(state)
+        denoiser: nn.Module = K.config.make_denoiser_wrapper(config)(model)
+        model.load_state_dict(state)
     return denoiser.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -180,8 +165,6 @@ def one_hot(classes: Sequence[int | None], num_classes: int, device: str | torch
 
 
 def _indices(what: str, given: Sequence[str | None], names: tuple[str, ...]) -> list[int | None]:
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise TypeError(f"{what} is a list with a name, or None for any, for each sample; got {given!r}.")
     for name in given:
         if name is not None and name not in names:
             raise ValueError(f"{name!r} is not one of the bundled model's {what}: {', '.join(names)}; None is any.")
@@ -202,7 +185,6 @@ def conditioning(
         cond, and uncond, which is all zeros: any category in any style.
 
     Raises:
-        TypeError: no list.
         ValueError: no such name, or not one style for each category.
 
     >>> cond, uncond = conditioning(["Animals & Nature", None], ["noto", "twemoji"])

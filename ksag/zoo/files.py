@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,8 +48,6 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         OSError: no such file, or a folder.
         ValueError: not a safetensors file, or damaged.
     """
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a folder; expected a safetensors file.")
     with open(path, "rb"):
         pass  # its error names the file, and that of safetensors does not
     try:
@@ -58,9 +55,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
     except SafetensorError as error:
-        is_pickle = Path(path).suffix in (".pth", ".pt", ".ckpt")
-        hint = " k-diffusion's convert_for_inference.py makes one from a checkpoint of its training." if is_pickle else ""
-        raise ValueError(f"{path} is cut off, or not a safetensors file: {error}.{hint}") from error
+        raise ValueError(
+            f"{path} is cut off, or not a safetensors file ({error}). k-diffusion's convert_for_inference.py makes one from a "
+            f"checkpoint of its training."
+        ) from error
     if "sha256" in texts and texts["sha256"] != checksum(tensors, texts):
         raise ValueError(f"{path} is damaged: its contents do not match its checksum. Download or save it again.")
     return tensors, {name: text if name == "sha256" else _decoded(text) for name, text in texts.items()}
