@@ -51,12 +51,12 @@ def test_less_strength_stays_nearer_to_the_picture(sample, saved, picture, tmp_p
     pipe = diffusers.load(saved("1.x"))
     through_vae = diffusers.decode(pipe, diffusers.encode(pipe, Image.open(image)), pil=True)[0]
     distances = []
-    for strength in 0.2, 0.6, 1:
+    for strength in 0.4, 0.8:
         out = tmp_path / f"{strength}.png"
-        sample("1.x", "--prompt", "a cat", "--image", image, "--size", "32x24", "--strength", strength, "--steps", 10, "--out", out)
+        sample("1.x", "--prompt", "a cat", "--image", image, "--size", "32x24", "--strength", strength, "--steps", 5, "--out", out)
         distances.append((pixels(out) - pil_to_tensor(through_vae)).abs().mean())
         assert f"Denoising strength: {strength}" in text(out)
-    assert distances[0] < distances[1] < distances[2]
+    assert distances[0] < distances[1]
     assert pixels(out).shape == (3, 24, 32)
 
 

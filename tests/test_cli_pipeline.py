@@ -7,6 +7,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import ksag
 from ksag.adapters import diffusers
+from ksag.commands import inputs
 from ksag.samplers import sample as sample_latents
 from tests import diffusers_pipelines
 from tests.commands import READERS, invoke, pixels, text
@@ -55,7 +56,7 @@ def picture(tmp_path):
     return tmp_path / "picture.png", tmp_path / "mask.png"
 
 
-@pytest.mark.parametrize("kind", ["1.x", "2.x", "XL"])
+@pytest.mark.parametrize("kind", ["2.x", "XL"])
 def test_the_picture_is_that_of_the_library(sample, saved, tmp_path, kind):
     sample(kind, "--prompt", "a cat", "--negative-prompt", "a dog", "--size", "32x24", "--cond-scale", 3, "--seed", 4,
            "--clip-skip", 1, "--sag-scale", 1.5, "--sampler", "euler", "--schedule", "karras",
@@ -76,7 +77,7 @@ def test_the_picture_is_that_of_the_library(sample, saved, tmp_path, kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["1.x", "2.x", "XL", "inpainting"])
+@pytest.mark.parametrize("kind", ["2.x", "inpainting"])
 def test_a_single_file_with_its_config(saved, picture, tmp_path, kind):
     """2.x predicts v."""
     file = tmp_path / "model.safetensors"
@@ -92,13 +93,13 @@ def test_a_single_file_with_its_config(saved, picture, tmp_path, kind):
 def test_a_folder_goes_by_its_name_wherever_it_lies_and_however_it_is_typed(saved, tmp_path, monkeypatch):
     folder = saved("1.x")
     monkeypatch.chdir(folder)
-    for name in folder, f"{folder}/", ".", f"../{folder.name}/":
-        invoke("sample", "--pipeline", name, "--prompt", "a", "--device", "cpu", "--steps", 2, "--out", tmp_path / "a")
+    assert {inputs.name(typed) for typed in (str(folder), f"{folder}/", ".", f"../{folder.name}/")} == {"pipe"}
+    invoke("sample", "--pipeline", ".", "--prompt", "a", "--device", "cpu", "--steps", 2, "--out", tmp_path / "a")
     assert "Model: pipe, Model fingerprint" in text(tmp_path / "a/000000.png")
     assert str(folder.parent) not in text(tmp_path / "a/000000.png") + (tmp_path / "a/ksag.json").read_text()
 
 
-@pytest.mark.parametrize(("spacing", "name"), [("karras", "Karras"), ("exponential", "Exponential"), (None, "Uniform")])
+@pytest.mark.parametrize(("spacing", "name"), [("exponential", "Exponential"), (None, "Uniform")])
 def test_the_schedule_is_called_what_it_is(saved, tmp_path, spacing, name):
     pipe = diffusers.load(saved("1.x"))
     if spacing:
@@ -133,8 +134,7 @@ def test_prompts_take_turns_by_seed_and_each_is_as_it_is_alone(sample, tmp_path)
     assert (pixels(tmp_path / "a/000001.png") - pixels(tmp_path / "dog.png")).abs().max() <= 1  # of 255
     sample("1.x", "--prompt", long, "--seed", 2, "--out", tmp_path / "long.png")
     assert (pixels(tmp_path / "a/000002.png") - pixels(tmp_path / "long.png")).abs().max() <= 1
-    sample("1.x", "--prompt", "a dog", "--seed", 2, "--out", tmp_path / "other.png")
-    assert (pixels(tmp_path / "other.png") - pixels(tmp_path / "long.png")).abs().max() > 1
+    assert (pixels(tmp_path / "a/000001.png") - pixels(tmp_path / "long.png")).abs().max() > 1
     assert "Prompt is ['a cat', 'a dog'," in sample("1.x", "--prompt", "a cat", "--out", tmp_path / "a", code=1)
 
 
@@ -153,19 +153,12 @@ def test_clip_skip_counts_as_a1111_does(sample, saved, tmp_path, kind, own):
     """What leaves out no layer is the model's own; beyond it, each step is one more, as the library leaves them out."""
     from ksag.commands.pipeline import Pipeline
 
-    for skip in range(1, own + 2):
-        sample(kind, "--prompt", "a cat", "--clip-skip", skip, "--out", tmp_path / f"{skip}.png")
-    sample(kind, "--prompt", "a cat", "--out", tmp_path / "none.png")
-    for skip in range(1, own + 1):
-        assert torch.equal(pixels(tmp_path / f"{skip}.png"), pixels(tmp_path / "none.png"))
-        assert "Clip skip" not in text(tmp_path / f"{skip}.png")
-    assert not torch.equal(pixels(tmp_path / f"{own + 1}.png"), pixels(tmp_path / "none.png"))
-    assert f"Clip skip: {own + 1}," in text(tmp_path / f"{own + 1}.png")
     pipe = diffusers.load(saved(kind))
-    for skip in range(own, 5):
+    for skip in range(1, own + 2):
         model = Pipeline(str(saved(kind)), torch.device("cpu"), torch.float32, prompt=["a cat"], clip_skip=skip)
-        expected, _ = diffusers.conditioning(pipe, "a cat", clip_skip=skip - own)
+        expected, _ = diffusers.conditioning(pipe, "a cat", clip_skip=max(0, skip - own))
         assert torch.equal(model.conditioning([0])["cond"]["encoder_hidden_states"], expected["encoder_hidden_states"])
+        assert model.fields.get("Clip skip") == (str(skip) if skip > own else None)
     output = sample(kind, "--prompt", "a cat", "--clip-skip", 5, "--out", tmp_path / "x.png", code=2)
     assert "--clip-skip 5: the text encoder has 4 layers" in output
 

@@ -116,15 +116,16 @@ def imported(notebook: NotebookNode) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@each
-def test_imports_only_public_names_of_what_ksag_and_its_extras_install(path):
+def test_imports_only_public_names_of_what_ksag_and_its_extras_install():
     declared = set(re.findall(r'^  "([\w.-]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))  # a dependency a line
-    for name in imported(read(path)):
-        package, *inner = name.split(".")
-        owners = {owner.lower() for owner in packages_distributions().get(package, [package])}
-        beside = (path.parent / f"{package}.py").is_file()
-        assert package in sys.stdlib_module_names or owners & declared or beside, name
-        assert not any(part.startswith("_") for part in inner), name
+    installed = packages_distributions()
+    for path in NOTEBOOKS:
+        for name in imported(read(path)):
+            package, *inner = name.split(".")
+            owners = {owner.lower() for owner in installed.get(package, [package])}
+            beside = (path.parent / f"{package}.py").is_file()
+            assert package in sys.stdlib_module_names or owners & declared or beside, name
+            assert not any(part.startswith("_") for part in inner), name
 
 
 def test_stored_costs_are_those_of_the_method():
