@@ -13,15 +13,13 @@ import ksag.guidance.seg
 from ksag import cfg
 from tests import campaign
 
-SEED, CASES, AT_ONCE = 0, 1000, 50
-FAST = 100
+SEED, CASES = 0, 1000
+FAST, SLOW = 40, 240
 
 
-@pytest.mark.parametrize(
-    "first", [first if first < FAST else pytest.param(first, marks=pytest.mark.slow) for first in range(0, CASES, AT_ONCE)]
-)
-def test_each_case_is_the_reference(first):
-    outcomes = [campaign.run(SEED, number) for number in range(first, first + AT_ONCE)]
+@pytest.mark.parametrize("numbers", [range(FAST), pytest.param(range(FAST, SLOW), marks=pytest.mark.slow)], ids=["few", "many"])
+def test_each_case_is_the_reference(numbers):
+    outcomes = [campaign.run(SEED, number) for number in numbers]
     failed = [outcome.message for outcome in outcomes if outcome.kind == campaign.FAILED]
     assert not failed, "\n".join(failed)
     assert any(outcome.kind.startswith("PAG") for outcome in outcomes)
@@ -49,41 +47,51 @@ def test_the_cases_meet_everything():
         assert settings | {"attention"} == inspect.signature(cls).parameters.keys()
 
 
+CHEAP = ("k-diffusion, one level", "k-diffusion transformer v1", "sequences", "videos", "Stable Diffusion 3", "Flux")
+
+
 def failures(kind, count, wanted=lambda direction: True):
-    """The failing cases among the first `count` with such a direction."""
+    """The failing cases among the first `count` of small models with such a direction."""
     cases = (campaign.case(SEED, number) for number in range(CASES))
-    with_it = (case.number for case in cases if any(d.kind == kind and wanted(d) for d in case.directions))
+    cheap = (c for c in cases if c.scene.name in CHEAP and c.scene.dtype in (torch.float32, torch.float64))
+    with_it = (c.number for c in cheap if any(d.kind == kind and wanted(d) for d in c.directions))
     return [number for number in itertools.islice(with_it, count) if campaign.run(SEED, number).kind == campaign.FAILED]
 
 
+def exact(direction):
+    """Whether it acts with a mask of its own."""
+    settings = direction.settings
+    return settings["scale"] and settings["sigma_range"][0] == 0 and 0.5 < settings.get("mask_threshold", 1) < 1.5
+
+
 def test_a_mask_with_another_threshold_fails(monkeypatch):
-    exact = ksag.guidance.sag.attention_mask
+    mask = ksag.guidance.sag.attention_mask
     monkeypatch.setattr(
-        ksag.guidance.sag, "attention_mask", lambda saliency, threshold, size: exact(saliency, threshold + 0.02, size)
+        ksag.guidance.sag, "attention_mask", lambda saliency, threshold, size: mask(saliency, threshold + 0.1, size)
     )
-    assert len(failures("SAG", 30)) > 2
+    assert len(failures("SAG", 8, exact)) > 2
 
 
 def test_a_saliency_that_is_a_thousandth_off_fails(monkeypatch):
-    exact = ksag.attention.edit.saliency
-    monkeypatch.setattr(ksag.attention.edit, "saliency", lambda *args, **kwargs: exact(*args, **kwargs) * 1.001)
-    assert len(failures("SAG", 12)) > 4
+    saliency = ksag.attention.edit.saliency
+    monkeypatch.setattr(ksag.attention.edit, "saliency", lambda *args, **kwargs: saliency(*args, **kwargs) * 1.001)
+    assert len(failures("SAG", 6, exact)) > 2
 
 
 def test_a_blur_that_is_a_ten_thousandth_off_fails(monkeypatch):
-    exact = ksag.guidance.sag.degrade
-    monkeypatch.setattr(ksag.guidance.sag, "degrade", lambda *args: exact(*args) * (1 + 1e-4))
-    assert len(failures("SAG", 12)) > 3
+    degrade = ksag.guidance.sag.degrade
+    monkeypatch.setattr(ksag.guidance.sag, "degrade", lambda *args: degrade(*args) * (1 + 1e-4))
+    assert len(failures("SAG", 16, exact)) > 2
 
 
 def test_a_perturbed_attention_that_is_a_thousandth_off_fails(monkeypatch):
     monkeypatch.setattr(ksag.guidance.pag, "identity", lambda attention: attention.image_values * 1.001)
-    assert len(failures("PAG", 12)) > 3
+    assert len(failures("PAG", 6, exact)) > 2
 
 
 def test_queries_with_another_blur_fail(monkeypatch):
     monkeypatch.setattr(ksag.guidance.seg, "kernel_sizes", lambda sigma, grid: (3,) * len(grid))
-    assert len(failures("SEG", 12, lambda d: 1 <= d.settings["blur_sigma"] < 20)) > 2
+    assert len(failures("SEG", 8, lambda d: exact(d) and 1 <= d.settings["blur_sigma"] < 20)) > 2
 
 
 def test_an_error_is_a_failure_and_prints_the_line_that_runs_the_case_again(monkeypatch):

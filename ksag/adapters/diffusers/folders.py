@@ -112,8 +112,6 @@ def _load_part(folder: Path, library: str, name: str, dtype: torch.dtype, weight
     if "Tokenizer" in name:
         if not any((folder / file).is_file() for file in VOCABULARIES):  # transformers would make an empty one
             raise ValueError(f"{folder} has no vocabulary: expected {' or '.join(VOCABULARIES)}. Download it again.")
-        if (folder / VOCABULARIES[0]).is_file():  # read by the fast tokenizers of transformers 4 only
-            name = name.removesuffix("Fast") + "Fast"
         return _call(folder, _class(library, name).from_pretrained, str(folder), local_files_only=True, trust_remote_code=False)
     part = _class(library, name)
     config = _read_json(folder / CONFIGS.get(folder.name, "config.json")) | {"_class_name": name}
