@@ -173,8 +173,8 @@ def test_a_prediction_that_the_caller_knows_better(made):
         expected = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=True)
         assert loaded.scheduler.config.prediction_type == "v_prediction"
         assert torch.equal(loaded.scheduler.alphas_cumprod, expected.alphas_cumprod)
-    with pytest.raises(ValueError, match=r"prediction_type is 'epsilon' or 'v_prediction', got 'v'"):
-        adapter.load(folder, prediction_type="v")
+    with pytest.raises(ValueError, match=r"DDIMScheduler has prediction_type='v'; ksag knows epsilon, v_prediction"):
+        adapter.denoiser(adapter.load(folder, prediction_type="v"))
 
 
 # What a wrong file is
@@ -202,7 +202,7 @@ def test_a_wrong_file_is_refused_by_what_it_lacks(tmp_path, kind):
 @pytest.mark.parametrize(("part", "missing"), [("first_stage_model", "VAE"), ("cond_stage_model", "text encoder")])
 def test_a_checkpoint_that_lacks_a_part(made, tmp_path, part, missing):
     file = single_file(made(stable_diffusion)[0], tmp_path / "m.safetensors", leave_out=[part])
-    with pytest.raises(ValueError, match=rf"is not a whole Stable Diffusion .* checkpoint: it has no {missing}\. Its first"):
+    with pytest.raises(ValueError, match=rf"is not a whole Stable Diffusion .* checkpoint: it has no {missing}\. For"):
         adapter.load(file, config=made(stable_diffusion)[1])
 
 
@@ -299,7 +299,7 @@ def test_a_hub_that_cannot_be_reached(made):
         with pytest.raises(OSError, match=rf"There is no folder {name} here, and the hub says: the hub cannot be reached"):
             adapter.load(name)
     with pytest.raises(
-        OSError, match=r"model.safetensors has only weights, .* Give config= \(--config\) the folder of a diffusers pipeline"
+        OSError, match=r"model.safetensors has only weights. Give config= \(--config\) the folder of a diffusers pipeline"
     ):
         adapter.load(made(stable_diffusion)[2])
 

@@ -12,12 +12,6 @@ UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_m
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 
-CONVERT = (
-    "Stable Diffusion (for XL with StableDiffusionXLPipeline), in Python: pipe = diffusers.StableDiffusionPipeline."
-    "from_single_file({path!r}); pipe.save_pretrained('folder'). Then load('folder'), or ksag sample --pipeline folder."
-)
-"""diffusers opens a pickle with weights_only=True, which runs nothing in it."""
-
 
 class Header(NamedTuple):
     """The names of a .safetensors file's tensors with their shapes, and its metadata."""
@@ -30,21 +24,14 @@ class Header(NamedTuple):
         return any(name.startswith(prefixes) for name in self.shapes)
 
 
-def about_pickle(path: Path) -> str:
-    return (
-        f"{path.name} is a {path.suffix} file, a pickle, which can run any program when it is loaded, so ksag does not load it. "
-        f"Look for the same model as .safetensors, or convert it."
-    )
-
-
 def read_header(path: Path) -> Header:
-    """The header of a .safetensors file.
-
-    Raises:
-        ValueError: the file is damaged, or of another kind.
-    """
+    """The header of a .safetensors file; a ValueError for a damaged file or one of another kind."""
     if path.suffix.lower() in PICKLES:
-        raise ValueError(f"{about_pickle(path)} {CONVERT.format(path=str(path))}")
+        raise ValueError(
+            f"{path.name} is a {path.suffix} file, a pickle, which can run any program when it is loaded. Look for the same model "
+            f"as .safetensors, or convert it. diffusers opens it with weights_only=True: diffusers.StableDiffusionPipeline."
+            f"from_single_file({str(path)!r}).save_pretrained('folder'). Then load('folder'), or ksag sample --pipeline folder."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return Header({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
@@ -63,15 +50,13 @@ def check_whole(header: Header, path: Path) -> None:
     """Raises a ValueError for everything but a whole Stable Diffusion 1.x, 2.x or XL checkpoint."""
     if "config" in header.metadata and not header.starts(UNET):
         raise ValueError(
-            f"{path.name} is a k-diffusion model, with its config in its metadata. Load it with ksag.zoo.load({str(path)!r}), or "
-            f"ksag sample --weights."
+            f"{path.name} is a k-diffusion model: load it with ksag.zoo.load({str(path)!r}), or ksag sample --weights."
         )
     parts = {"UNet": [UNET + "input_blocks.0.0.weight"], "VAE": [VAE], "text encoder": TEXT}
     if lacks := [part for part, prefixes in parts.items() if not header.starts(*prefixes)]:
         raise ValueError(
-            f"{path.name} is not a whole Stable Diffusion 1.x, 2.x or XL checkpoint: it has no {' and no '.join(lacks)}. Its first "
-            f"tensor is {min(header.shapes, default=None)!r}. Stable Diffusion 3 and Flux can be loaded from a folder or a hub id. "
-            f"LoRAs, ControlNets, adapters and single parts can be added to a loaded pipeline: see docs/diffusers.md."
+            f"{path.name} is not a whole Stable Diffusion 1.x, 2.x or XL checkpoint: it has no {' and no '.join(lacks)}. For "
+            f"Stable Diffusion 3 and Flux, give a folder or a hub id. For LoRAs and single parts, see docs/diffusers.md."
         )
 
 
@@ -84,7 +69,7 @@ def pipeline_of(header: Header) -> str:
 
 
 def predicts_v(header: Header, tensors: Mapping[str, Tensor]) -> bool | None:
-    """Whether the UNet predicts v; None if the file does not tell."""
+    """Whether the UNet predicts v; None if the file does not say."""
     if "v_pred" in tensors:
         return True
     if stated := header.metadata.get("modelspec.prediction_type"):

@@ -1,8 +1,7 @@
 """Networks that turn a picture into a vector of features.
 
-The bundled one is a small classifier of emoji of 64 × 64, trained independently of the denoiser by
-`scripts/train_classifier.py`. It needs no download. Inception and DINOv2 come from torch-fidelity (the extra `ksag[evaluate]`),
-which downloads their weights or loads a file of the user's.
+The bundled one is a small classifier of emoji of 64 × 64, trained independently of the denoiser. Inception and DINOv2 come from
+torch-fidelity (the extra `ksag[evaluate]`), which downloads their weights.
 """
 
 import hashlib
@@ -25,40 +24,27 @@ EXTRACTORS = {"emoji": "bundled", "inception": "inception-v3-compat", "dinov2": 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Pictures (n, 3, h, w), uint8, to their features (n, d), float32.
-
-    Attributes:
-        name: which features these are, with the checksum of the weights where it is known.
-        network: maps such pictures to such features.
-        size: (h, w) that the pictures must have, or None for any.
-    """
+    """Pictures (n, 3, h, w), uint8, to their features (n, d), float32."""
 
     name: str
+    """Which features these are, with the checksum of the weights where it is known."""
     network: nn.Module
     size: tuple[int, int] | None = None
+    """(h, w) that the pictures must have, or None for any."""
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
             raise ValueError(f"Pictures are uint8 of (n, 3, h, w), got {pictures.dtype} of {tuple(pictures.shape)}: see to_bytes.")
         if self.size is not None and tuple(pictures.shape[2:]) != self.size:
-            (h, w), (wanted_h, wanted_w) = pictures.shape[2:], self.size
-            raise ValueError(
-                f"The features {self.name} need pictures of {wanted_w} × {wanted_h}, got {w} × {h}. Features that take any size: "
-                f"inception, dinov2."
-            )
+            needs, got = (f"{w} × {h}" for h, w in (self.size, pictures.shape[2:]))
+            raise ValueError(f"The features {self.name} need pictures of {needs}, got {got}. Inception and DINOv2 take any size.")
         features: Tensor = self.network(pictures).float()
         return features
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier of emoji by category and by style. Its last hidden layer gives the features.
-
-    Args:
-        widths: channels at 64², 32², 16² and 8²; the last is the number of features.
-        categories: their number.
-        styles: their number.
-    """
+    """A small convolutional classifier of emoji, with `widths` channels at 64², 32², 16² and 8². The last are the features."""
 
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 256), categories: int = 8, styles: int = 7):
         super().__init__()
@@ -83,7 +69,7 @@ class Classifier(nn.Module):
 
 
 def convolution(before: int, after: int) -> nn.Sequential:
-    """3 × 3, normalised over the batch, and SiLU: (n, before, h, w) to (n, after, h, w)."""
+    """(n, before, h, w) to (n, after, h, w)."""
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU())
 
 
@@ -100,20 +86,12 @@ class Residual(nn.Module):
 
 
 def to_reals(pictures: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1].
-
-    >>> to_reals(torch.tensor([0, 255], dtype=torch.uint8))
-    tensor([-1.,  1.])
-    """
+    """uint8 to float32 in [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
 def to_bytes(reals: Tensor) -> Tensor:
-    """Values in [-1, 1] rounded as in a picture file, so that pictures in memory are judged as files are.
-
-    >>> to_bytes(torch.tensor([-1.0, 0.0, 2.0]))
-    tensor([  0, 128, 255], dtype=torch.uint8)
-    """
+    """Values in [-1, 1] rounded as in a picture file, so that pictures in memory are judged as files are."""
     return ((reals.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -124,12 +102,7 @@ def save_classifier(classifier: Classifier, path: str | os.PathLike[str], widths
 
 
 def load_classifier(path: str | os.PathLike[str] = CLASSIFIER, device: str | torch.device = "cpu") -> Extractor:
-    """The features of a classifier trained by `scripts/train_classifier.py`.
-
-    Raises:
-        OSError: no such file.
-        ValueError: the file is damaged or something else.
-    """
+    """The features of a classifier trained by `scripts/train_classifier.py`; a ValueError for a damaged file or another kind."""
     tensors, metadata = read(path)
     if "widths" not in metadata or "sha256" not in metadata:
         raise ValueError(f"{path} is not a classifier written by scripts/train_classifier.py.")
@@ -138,32 +111,16 @@ def load_classifier(path: str | os.PathLike[str] = CLASSIFIER, device: str | tor
     return Extractor(f"emoji-{metadata['sha256'][:12]}", classifier.eval().requires_grad_(False).to(device), (64, 64))
 
 
-class Fidelity(nn.Module):
-    """One of torch-fidelity's extractors, one layer of it."""
-
-    def __init__(self, extractor: nn.Module):
-        super().__init__()
-        self.extractor = extractor
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        features: Tensor = self.extractor(pictures)[0]
-        return features
-
-
 def load_extractor(name: str, device: str | torch.device = "cpu", weights: str | os.PathLike[str] | None = None) -> Extractor:
     """Features by name.
 
     Args:
-        name: "emoji", the bundled classifier; "inception", the Inception-v3 of the usual Fréchet Inception distance; or "dinov2",
-            DINOv2 ViT-B/14.
+        name: "emoji", the bundled classifier; "inception", the Inception-v3 of the usual FID; or "dinov2", DINOv2 ViT-B/14.
         device: where to put the network.
-        weights: a file of weights instead of the bundled or downloaded ones. Not for DINOv2, which torch-fidelity loads by
-            `torch.hub` from the folder `TORCH_HOME`.
+        weights: a file of weights instead of the bundled or downloaded ones. Not for DINOv2.
 
     Raises:
-        ImportError: torch-fidelity is not installed.
-        OSError: no such file, or nothing could be downloaded.
-        ValueError: no such name, or the file is damaged.
+        ImportError, OSError, ValueError: torch-fidelity or a file is missing, a file is damaged, or there is no such name.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"There are no features called {name!r}: give one of {', '.join(EXTRACTORS)}.")
@@ -177,11 +134,11 @@ def load_extractor(name: str, device: str | torch.device = "cpu", weights: str |
         raise ImportError(f"{name}'s features come from torch-fidelity. In a clone of ksag: pip install '.[evaluate]'") from error
     layer = {"inception": "2048", "dinov2": "dinov2"}[name]
     path = None if weights is None else os.fspath(weights)
+    options = {"cuda": False, "verbose": False, "feature_extractor_weights_path": path}
     try:
-        network = create_feature_extractor(
-            EXTRACTORS[name], [layer], cuda=False, verbose=False, feature_extractor_weights_path=path
-        )
+        network = create_feature_extractor(EXTRACTORS[name], [layer], **options)
     except OSError as error:
         raise OSError(f"The weights of {name} could not be loaded or downloaded: {error}") from error
     own = "" if path is None else f" ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]})"  # no other weights' cache
-    return Extractor(EXTRACTORS[name] + own, Fidelity(network).eval().requires_grad_(False).to(device))
+    network.register_forward_hook(lambda _, args, layers: layers[0])
+    return Extractor(EXTRACTORS[name] + own, network.eval().requires_grad_(False).to(device))

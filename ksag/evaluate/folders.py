@@ -19,12 +19,7 @@ SUFFIXES = {".png", ".webp", ".jpg", ".jpeg", ".bmp"}
 
 
 def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:
-    """The pictures in a folder and its subfolders. Hidden files and folders (.thumbs) are ignored.
-
-    Raises:
-        OSError: no such folder, or a picture that is not a regular file, such as a broken link.
-        ValueError: it holds no pictures.
-    """
+    """The pictures in a folder and its subfolders, without hidden ones (.thumbs). An error if there are none, or one is no file."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is a file, not a folder." if folder.exists() else f"There is no folder {folder}.")
@@ -41,15 +36,11 @@ def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def load_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """(3, h, w), uint8.
+    """(3, h, w), uint8, of an 8-bit picture without transparency.
 
     Args:
-        path: an 8-bit picture without transparency.
+        path: the file.
         size: the (h, w) that it must have, checked before it is decoded; by default any.
-
-    Raises:
-        OSError: damaged, or not a picture.
-        ValueError: another size, more than 8 bits a channel, or transparent.
     """
     try:
         with warnings.catch_warnings():
@@ -58,10 +49,8 @@ def load_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         with image:
             w, h = image.size
             if size is not None and (h, w) != size:
-                raise ValueError(
-                    f"{path} has {w} × {h} pixels; these features need {size[1]} × {size[0]}. Features that take any size: "
-                    f"inception, dinov2."
-                )
+                needed = f"{size[1]} × {size[0]}. Inception and DINOv2 take any size"
+                raise ValueError(f"{path} has {w} × {h} pixels; these features need {needed}.")
             if ";16" in str(image.tile) or image.mode.startswith(("I", "F")):  # Pillow opens a 16-bit PNG as 8-bit RGB
                 raise ValueError(f"{path} has more than 8 bits a channel: save it as 8-bit RGB.")
             if "A" in image.getbands() or "transparency" in image.info:
@@ -108,10 +97,6 @@ def folder_features(
         batch_size: pictures at a time.
         cache: a folder that keeps features for the next call with the same pictures; None keeps nothing.
         progress: called with the number of pictures after each batch.
-
-    Raises:
-        OSError: no such folder, or a damaged picture.
-        ValueError: no pictures, or a picture that the extractor does not take.
     """
     by_content = sorted((hashlib.sha256(path.read_bytes()).hexdigest(), path) for path in pictures_in(folder))
     content = hashlib.sha256("".join(digest for digest, _ in by_content).encode()).hexdigest()

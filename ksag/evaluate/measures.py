@@ -37,21 +37,17 @@ class Measures(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """The features of a set of pictures, summarised.
-
-    Attributes:
-        extractor: the name of the features.
-        n: the number of pictures.
-        mean: (d,) of all of them, float64.
-        cov: (d, d) of all of them, float64.
-        features: (m, d) of some or all of them, float32, which the kernel distance, precision and recall need.
-    """
+    """The features of a set of pictures, summarised."""
 
     extractor: str
+    """The name of the features."""
     n: int
     mean: Tensor
+    """(d,) of all n pictures, float64."""
     cov: Tensor
+    """(d, d) of all of them, float64."""
     features: Tensor
+    """(m, d) of some or all of them, float32, which the kernel distance, precision and recall need."""
 
     def to(self, device: str | torch.device) -> "Statistics":
         """The same on `device`, where the measures are then computed."""
@@ -70,9 +66,6 @@ def statistics(features: Tensor, extractor: str, keep: int | None = None) -> Sta
         features: of n pictures, 2 or more.
         extractor: the name of the features.
         keep: the number of features to keep, drawn with a fixed seed; by default all.
-
-    Raises:
-        ValueError: fewer than two pictures, or features that are not finite.
     """
     if len(features) < 2:
         raise ValueError(f"A covariance takes 2 pictures or more, got {len(features)}.")
@@ -89,14 +82,9 @@ def statistics(features: Tensor, extractor: str, keep: int | None = None) -> Sta
 
 
 def load_statistics(path: str | os.PathLike[str] = STATISTICS) -> Statistics:
-    """The statistics in a file written by `Statistics.save`.
-
-    Raises:
-        OSError: no such file.
-        ValueError: the file is damaged or something else.
-    """
+    """The statistics in a file written by `Statistics.save`; a ValueError for a damaged file or another kind."""
     tensors, metadata = files.read(path)
-    if not {"mean", "cov", "features"} <= tensors.keys() or "sha256" not in metadata:
+    if not ({"mean", "cov", "features"} <= tensors.keys() and {"extractor", "n", "sha256"} <= metadata.keys()):
         raise ValueError(f"{path} holds no statistics: `ksag evaluate --save-statistics` writes them.")
     return Statistics(metadata["extractor"], metadata["n"], tensors["mean"], tensors["cov"], tensors["features"].float())
 
@@ -108,10 +96,8 @@ def _root(cov: Tensor) -> Tensor:
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
-    """|m₁ − m₂|² + tr(C₁ + C₂ − 2 (C₁ C₂)^½), the squared 2-Wasserstein distance of two normal distributions.
-
-    The trace of the last root is the sum of the singular values of C₁^½ C₂^½.
-    """
+    """|m₁ − m₂|² + tr(C₁ + C₂ − 2 (C₁ C₂)^½), the squared 2-Wasserstein distance of two normal distributions."""
+    # The trace of the last root is the sum of the singular values of C₁^½ C₂^½
     shared = torch.linalg.svdvals(_root(one.cov) @ _root(other.cov)).sum()  # eigenvalues of C₁ C₂ would lose half the digits
     size = one.cov.trace() + other.cov.trace()
     distance = float((one.mean - other.mean).square().sum() + size - 2 * shared)
@@ -133,30 +119,25 @@ def kernel_distance(one: Tensor, other: Tensor) -> float:
     return float(within(one) + within(other) - 2 * total(one, other) / (len(one) * len(other)))
 
 
-def distances(one: Tensor, other: Tensor) -> Tensor:
-    """(n, m), Euclidean, between features (n, d) and (m, d)."""
+def _distances(one: Tensor, other: Tensor) -> Tensor:
     # by differences: by products, close neighbours would be lost to rounding
     return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def manifold_radii(features: Tensor, neighbours: int = 3) -> Tensor:
     """(n,), the distance of each of the features (n, d) from its nearest neighbour of that rank."""
-    near = [distances(rows, features).kthvalue(neighbours + 1, dim=1).values for rows in features.split(BLOCK)]
+    near = [_distances(rows, features).kthvalue(neighbours + 1, dim=1).values for rows in features.split(BLOCK)]
     return torch.cat(near)  # the first neighbour is the point itself
 
 
 def share_inside(features: Tensor, manifold: Tensor, radii: Tensor) -> float:
     """The share of the features (n, d) within the radius of at least one point of the manifold (m, d)."""
-    inside = [(distances(rows, manifold) <= radii).any(dim=1) for rows in features.split(BLOCK)]
+    inside = [(_distances(rows, manifold) <= radii).any(dim=1) for rows in features.split(BLOCK)]
     return float(torch.cat(inside).double().mean())
 
 
 def measure(samples: Statistics, reference: Statistics) -> Measures:
-    """The four measures of samples.
-
-    Raises:
-        ValueError: the two are statistics of different features, or too few are kept.
-    """
+    """The four measures of samples. A ValueError if the features are different ones, or fewer than 4."""
     if samples.extractor != reference.extractor:
         raise ValueError(
             f"The samples' features are {samples.extractor}, the reference's {reference.extractor}: they cannot be compared."

@@ -23,8 +23,7 @@ class ControlledUNet(nn.Module):
         self, x: Tensor, t: Tensor, *, encoder_hidden_states: Tensor, controlnet_cond: Any = None,
         conditioning_scale: Any = 1.0, added_cond_kwargs: dict[str, Any] | None = None, **kwargs: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """What the UNet predicts.
-
+        """
         Args:
             x: (b, c, h, w), scaled as the UNet expects it.
             t: (b,) timesteps.
@@ -33,9 +32,6 @@ class ControlledUNet(nn.Module):
             conditioning_scale: how strongly; for several ControlNets a list.
             added_cond_kwargs: what an SDXL UNet is told besides, for both.
             **kwargs: the UNet's own.
-
-        Raises:
-            TypeError: there is no picture.
         """
         if controlnet_cond is None:
             raise TypeError(

@@ -50,18 +50,25 @@ LOWEST_ALPHA = 4.8973451890853435e-08
 """alphas_cumprod where it would be 0, at a zero terminal SNR: the sigma there is 4518.77, as in ComfyUI and A1111."""
 
 
-def _denoised(model: "DiscreteDenoiser | EDMDenoiser", x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-    # in float32 at least: from 256 on, the square of sigma is infinite in float16
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    wide, sigma = x.to(dtype), sigma.to(dtype)
-    c_in = (sigma**2 + model.sigma_data**2) ** -0.5
-    c_skip, c_out, c_in = (K.utils.append_dims(c, x.ndim) for c in (*model.scalings(sigma, model.sigma_data), c_in))
-    prediction = call_network(model.inner_model, wide * c_in, model.sigma_to_t(sigma), **kwargs)
-    denoised: Tensor = wide * c_skip + prediction * c_out
-    return denoised.to(x.dtype)
+class _Preconditioned(K.external.DiscreteSchedule):  # type: ignore[misc]
+    """c_skip · x + c_out · F(c_in · x), with the scalings for F's prediction."""
+
+    def __init__(self, unet: nn.Module, sigmas: Tensor, scalings: Scalings, sigma_data: float, quantize: bool):
+        super().__init__(sigmas, quantize)
+        self.inner_model, self.scalings, self.sigma_data = unet, scalings, sigma_data
+
+    def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        """The denoised latent, (b, c, h, w), of `input` (b, c, h, w) at `sigma` (b,); `kwargs` are the UNet's."""
+        # in float32 at least: from 256 on, the square of sigma is infinite in float16
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        x, sigma = input.to(dtype), sigma.to(dtype)
+        c_in = (sigma**2 + self.sigma_data**2) ** -0.5
+        c_skip, c_out, c_in = (K.utils.append_dims(c, x.ndim) for c in (*self.scalings(sigma, self.sigma_data), c_in))
+        denoised: Tensor = x * c_skip + call_network(self.inner_model, x * c_in, self.sigma_to_t(sigma), **kwargs) * c_out
+        return denoised.to(input.dtype)
 
 
-class DiscreteDenoiser(K.external.DiscreteSchedule):  # type: ignore[misc]
+class DiscreteDenoiser(_Preconditioned):
     """A diffusers UNet trained at discrete timesteps, with k-diffusion's own schedule between them.
 
     Args:
@@ -72,15 +79,10 @@ class DiscreteDenoiser(K.external.DiscreteSchedule):  # type: ignore[misc]
     """
 
     def __init__(self, unet: nn.Module, alphas_cumprod: Tensor, scalings: Scalings, quantize: bool = False):
-        super().__init__(((1 - alphas_cumprod) / alphas_cumprod) ** 0.5, quantize)
-        self.inner_model, self.scalings, self.sigma_data = unet, scalings, 1.0
-
-    def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """The denoised latent, (b, c, h, w), of `input` (b, c, h, w) at `sigma` (b,); `kwargs` are the UNet's."""
-        return _denoised(self, input, sigma, **kwargs)
+        super().__init__(unet, ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5, scalings, 1.0, quantize)
 
 
-class EDMDenoiser(nn.Module):
+class EDMDenoiser(_Preconditioned):
     """A diffusers UNet trained at any noise level, whose timestep is log(σ) / 4.
 
     Args:
@@ -91,20 +93,9 @@ class EDMDenoiser(nn.Module):
         sigma_data: the standard deviation of the latents it was trained on.
     """
 
-    sigmas: Tensor
-
     def __init__(self, unet: nn.Module, sigmas: Tensor, schedule: Callable[..., Tensor], scalings: Scalings, sigma_data: float):
-        super().__init__()
-        self.register_buffer("sigmas", sigmas)
-        self.inner_model, self.schedule, self.scalings, self.sigma_data = unet, schedule, scalings, sigma_data
-
-    @property
-    def sigma_min(self) -> Tensor:
-        return self.sigmas[0]
-
-    @property
-    def sigma_max(self) -> Tensor:
-        return self.sigmas[-1]
+        super().__init__(unet, sigmas, scalings, sigma_data, quantize=False)
+        self.schedule = schedule
 
     def get_sigmas(self, n: int | None = None) -> Tensor:
         """(n + 1,) noise levels from the highest to 0, spaced as the scheduler spaces them; without n, all of them."""
@@ -119,10 +110,6 @@ class EDMDenoiser(nn.Module):
     def t_to_sigma(self, t: Tensor) -> Tensor:
         """(b,) timesteps of the UNet → (b,) noise levels."""
         return (t * 4).exp()
-
-    def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """The denoised latent, (b, c, h, w), of `input` (b, c, h, w) at `sigma` (b,); `kwargs` are the UNet's."""
-        return _denoised(self, input, sigma, **kwargs)
 
 
 def denoiser(
@@ -144,7 +131,7 @@ def denoiser(
     A pipeline's ControlNet is included; `conditioning(pipe, prompt, control=picture)` passes it the picture. A T2I-Adapter's
     residuals go into cond and uncond, as `down_intrablock_additional_residuals`.
 
-    At a zero terminal SNR, the last sigma would be infinite. It is 4518.77, as in ComfyUI and A1111.
+    At a zero terminal SNR, the last sigma is 4518.77 instead of infinite, as in ComfyUI and A1111.
 
     Args:
         model: a diffusers pipeline with `unet` or `transformer`, and `scheduler`; or a UNet or a transformer.
@@ -157,16 +144,6 @@ def denoiser(
     Raises:
         TypeError: no scheduler, no network, or a transformer that was not trained by flow matching.
         ValueError: noise levels, a prediction, a transformer or a part of a pipeline that ksag does not support.
-
-    >>> import ksag
-    >>> from diffusers import DDIMScheduler, UNet2DModel
-    >>> unet = UNet2DModel(
-    ...     sample_size=8, block_out_channels=(32, 32), norm_num_groups=8, layers_per_block=1,
-    ...     down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    ... )
-    >>> guided = ksag.SAGDenoiser(denoiser(unet.eval(), DDIMScheduler()), cond_key=None)
-    >>> guided(torch.randn(1, 3, 16, 16), torch.ones(1)).shape
-    torch.Size([1, 3, 16, 16])
     """
     network, scheduler = (model, scheduler) if isinstance(model, nn.Module) else _parts_of(model, scheduler)
     name = type(scheduler).__name__
@@ -178,7 +155,8 @@ def denoiser(
     if quantize and (flow or hasattr(scheduler, "precondition_outputs")):
         raise ValueError(f"quantize=True rounds to a timestep, and a model for {name} has none: leave it out.")
     if getattr(scheduler.config, "timestep_type", "discrete") != "discrete":
-        raise ValueError(f"{name} has timestep_type={scheduler.config.timestep_type!r}: give an EDMEulerScheduler.")
+        kind = scheduler.config.timestep_type
+        raise ValueError(f"{name} has timestep_type={kind!r}; for such a model give an EDMEulerScheduler.")
     if not flow:
         if network is not model and not _is_unet(network):
             raise TypeError(
@@ -199,8 +177,8 @@ def _discrete(unet: nn.Module, scheduler: Any, quantize: bool) -> DiscreteDenois
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None:
         raise ValueError(
-            f"{name} has no alphas_cumprod, from which the noise levels follow. Give the scheduler that the model was trained with, "
-            f"such as DDIMScheduler."
+            f"{name} has no alphas_cumprod, from which the noise levels follow. Give the scheduler that the model was trained "
+            f"with, such as DDIMScheduler."
         )
     scalings = _of_prediction(scheduler, PREDICTIONS)
     lowest, highest = float(alphas_cumprod.min()), float(alphas_cumprod.max())
@@ -208,7 +186,7 @@ def _discrete(unet: nn.Module, scheduler: Any, quantize: bool) -> DiscreteDenois
         raise ValueError(f"{name} has alphas_cumprod from {lowest:g} to {highest:g}, so that a sigma is zero or undefined.")
     if lowest < 1e-6 and scalings is epsilon:
         raise ValueError(
-            f"{name} ends at a zero terminal SNR, where the noise says nothing about the picture. Load it with "
+            f"{name} ends at a zero terminal SNR, where a prediction of the noise says nothing about the picture. Load it with "
             f"rescale_betas_zero_snr=False, or prediction_type='v_prediction' if the model predicts v."
         )
     schedule = alphas_cumprod.float().clamp(min=LOWEST_ALPHA).to(execution_device(unet))

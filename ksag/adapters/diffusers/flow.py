@@ -13,13 +13,7 @@ from ksag.flow import FlowDenoiser
 
 
 class ScheduledFlowDenoiser(FlowDenoiser):
-    """A `ksag.FlowDenoiser` whose `get_sigmas` spaces the noise levels as a diffusers pipeline does.
-
-    Args:
-        network: a UNet, or the module around a transformer that `transformers.spatial` returns.
-        scheduler: diffusers' scheduler for flow matching; only its noise levels are used.
-        shift: by how much sigma is multiplied.
-    """
+    """A `ksag.FlowDenoiser` of a UNet or `SpatialTransformer`, whose `get_sigmas` spaces the noise levels as diffusers does."""
 
     def __init__(self, network: nn.Module, scheduler: Any, shift: float):
         super().__init__(network, shift)
@@ -46,11 +40,7 @@ class ScheduledFlowDenoiser(FlowDenoiser):
 
 
 def shift_of(scheduler: Any, tokens: int | None) -> float:
-    """The factor by which a scheduler shifts sigma, for a picture of `tokens` tokens.
-
-    Raises:
-        ValueError: the shift depends on the tokens, and their number is None.
-    """
+    """The factor by which a scheduler shifts sigma, for a picture of `tokens` tokens."""
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):
         return getattr(scheduler, "shift", None) or config.get("shift") or config.get("flow_shift") or 1.0

@@ -30,8 +30,8 @@ def load(
 
         pipe = load("stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=torch.float16, device="cuda")
 
-    A single file's own markers set its prediction type and its noise levels: v-prediction, a zero terminal SNR, CosXL. In float16,
-    SDXL's VAE stays in float32, because it overflows there. The safety checker is left out.
+    A single file's own markers set its prediction type and its noise levels. In float16, SDXL's VAE stays in float32, because it
+    overflows there. The safety checker is left out.
 
     Args:
         path_or_id: a diffusers folder, a hub id (owner/name), or a single .safetensors file (Stable Diffusion 1.x, 2.x or XL).
@@ -42,9 +42,6 @@ def load(
         variant: which of a folder's files to take, such as "fp16"; by default the full ones, or the only ones.
         prediction_type: "epsilon" or "v_prediction", if the model's own files are wrong about it.
         zero_snr: whether the noise levels have a zero terminal SNR, if the model's own files are wrong about it.
-
-    Returns:
-        The diffusers pipeline, for `denoiser`, `conditioning`, `encode` and `decode`.
 
     Raises:
         ValueError: another kind of model, a missing or damaged file, or weights that do not fit the config. The message names it.
@@ -63,16 +60,12 @@ def load(
     if path.is_file():
         pipe = _from_file(path, config, of_weights)
     elif config is not None:
-        raise ValueError(
-            f"config= (--config) goes with a single file. A folder or a hub id, such as {path_or_id}, has its own configuration."
-        )
+        raise ValueError(f"config= (--config) goes with a single file. {path_or_id} is a folder or a hub id, with its own.")
     else:
         pipe = _from_folder(path if path.is_dir() else _download(str(path_or_id), variant), of_weights, variant)
     if hasattr(pipe, "unet") and (channels := pipe.unet.config.in_channels) not in (4, 9):
-        raise ValueError(
-            f"{path_or_id} is for another task: its UNet takes {channels} channels. ksag samples UNets for text to image, which "
-            f"take 4, and for inpainting, which take 9."
-        )
+        expected = "Text to image takes 4, inpainting 9"
+        raise ValueError(f"{path_or_id} is for another task: its UNet takes {channels} channels. {expected}.")
     pipe.register_to_config(_name_or_path=str(path_or_id))
     _set_prediction(pipe, prediction_type, zero_snr)
     if dtype == torch.float16 and "XL" in type(pipe).__name__ and getattr(pipe.vae.config, "force_upcast", False):
@@ -86,16 +79,11 @@ def _set_prediction(pipe: Any, prediction_type: str | None, zero_snr: bool | Non
         return
     from diffusers import DDIMScheduler
 
-    if prediction_type not in (None, "epsilon", "v_prediction"):
-        raise ValueError(f"prediction_type is 'epsilon' or 'v_prediction', got {prediction_type!r}.")
     if not hasattr(pipe.scheduler, "alphas_cumprod"):
         raise ValueError(f"prediction_type and zero_snr are for discrete noise levels, not for {type(pipe.scheduler).__name__}.")
     options = {"prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr}
     given = {name: value for name, value in options.items() if value is not None}
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **given)
-
-
-# A folder or a hub id
 
 
 def _from_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
@@ -118,7 +106,7 @@ def _download(name: str, variant: str | None) -> Path:
 
 @contextlib.contextmanager
 def _hub(name: str) -> Iterator[None]:
-    """Refuses what cannot be a hub id, and says in one line what the hub answers."""
+    """Refuses what cannot be a hub id. The hub's errors become one line."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or Path(name).suffix in (".safetensors", *checkpoints.PICKLES):
         raise FileNotFoundError(f"There is no file or folder {name}, and a hub id is owner/name.")
     try:
@@ -127,20 +115,10 @@ def _hub(name: str) -> Iterator[None]:
         raise OSError(f"There is no folder {name} here, and the hub says: {' '.join(str(error).split())}") from error
 
 
-# A single file
-
-
 def _from_file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Any:
     header = checkpoints.read_header(path)
     checkpoints.check_whole(header, path)
-    pipeline = checkpoints.pipeline_of(header)
-    try:
-        folder = _configs(config, header)
-    except OSError as error:
-        raise OSError(
-            f"{path.name} has only weights, and its configs and tokenizers could not be downloaded. Give config= (--config) the "
-            f"folder of a diffusers pipeline of the same kind; its weights are not needed. ({error})"
-        ) from error
+    pipeline, folder = checkpoints.pipeline_of(header), _configs(path, config, header)
     index = folders.read_index(folder)
     if "unet" not in index or ("text_encoder_2" in index) != ("XL" in pipeline):
         raise ValueError(f"{path.name} is for a {pipeline}, but config={str(folder)!r} is for a {index['_class_name']}.")
@@ -154,8 +132,8 @@ def _from_file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Any
     return pipe
 
 
-def _configs(config: str | Path | None, header: Header) -> Path:
-    """The folder with the configs, downloaded if it is not here."""
+def _configs(path: Path, config: str | Path | None, header: Header) -> Path:
+    """The folder with the configs for a single file, downloaded if it is not here."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
     from huggingface_hub import snapshot_download
 
@@ -164,8 +142,14 @@ def _configs(config: str | Path | None, header: Header) -> Path:
         config = fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
     if Path(config).is_dir():
         return Path(config)
-    with _hub(str(config)):
-        return Path(snapshot_download(str(config), allow_patterns=["*.json", "*.txt"]))
+    try:
+        with _hub(str(config)):
+            return Path(snapshot_download(str(config), allow_patterns=["*.json", "*.txt"]))
+    except OSError as error:
+        raise OSError(
+            f"{path.name} has only weights. Give config= (--config) the folder of a diffusers pipeline of the same kind, whose "
+            f"weights are not needed. ({error})"
+        ) from error
 
 
 TEXT_ENCODERS = {

@@ -7,20 +7,14 @@ from torch import Tensor, nn
 
 
 def call_network(model: nn.Module, x: Tensor, t: Tensor, concat: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """The model's prediction in the latent's dtype, computed in the model's own.
+    """The model's prediction, (b, c, h, w) without a learned variance, in the latent's dtype; it computes in its own.
 
     Args:
         model: a diffusers UNet, or a transformer that takes spatial latents.
         x: (b, c, h, w), scaled as the model expects it.
         t: (b,) timesteps, whole or fractional.
         concat: (b, c', h, w), the further channels of an inpainting or control model.
-        **kwargs: the model's own, such as `encoder_hidden_states`.
-
-    Returns:
-        (b, c, h, w), without a learned variance.
-
-    Raises:
-        TypeError: the UNet has an IP-Adapter, or the model takes its guidance scale as an input, and that keyword is missing.
+        **kwargs: the model's own, such as `encoder_hidden_states`. One that it silently does without is a TypeError if missing.
     """
     _check_keywords(_config_of(model), kwargs)
     both = x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1)
@@ -53,7 +47,7 @@ def _check_keywords(config: Any, kwargs: dict[str, Any]) -> None:
     ip_adapter = getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
     if ip_adapter and "image_embeds" not in (kwargs.get("added_cond_kwargs") or {}):
         raise TypeError(
-            "This UNet has an IP-Adapter, whose picture is missing. Give cond and uncond added_cond_kwargs={'image_embeds': [...]}, "
+            "This UNet has an IP-Adapter, whose picture is missing. Give cond and uncond added_cond_kwargs={'image_embeds': [...]} "
             "from pipe.prepare_ip_adapter_image_embeds(picture, None, device, n, True), or call pipe.unload_ip_adapter()."
         )
 

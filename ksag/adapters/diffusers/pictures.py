@@ -1,7 +1,7 @@
 """Pictures ↔ latents, through a pipeline's VAE."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,8 +28,8 @@ def _is_of_video(vae: Any) -> bool:
 def _finite(values: Tensor, vae: Any) -> Tensor:
     if not bool(values.isfinite().all()):
         raise ValueError(
-            f"The VAE returned values that are infinite or NaN, in {vae.dtype}. In float16, SDXL's overflows: call "
-            f"pipe.vae.to(torch.float32), or torch.bfloat16. Otherwise, its input or the weights are not finite."
+            f"The VAE returned values that are infinite or NaN, in {vae.dtype}. SDXL's overflows in float16: call "
+            f"pipe.vae.to(torch.float32), or torch.bfloat16. In another dtype, the latents or the weights were not finite."
         )
     return values
 
@@ -50,8 +50,7 @@ def encode(pipe: Any, images: Tensor | Image.Image | Sequence[Image.Image], *, s
         (b, c, h, w), usually an eighth of H and W, of the dtype of `images`; float32 for PIL pictures, where the VAE computes.
 
     Raises:
-        TypeError: no pictures.
-        ValueError: tensors of another shape, or a VAE that overflows.
+        TypeError, ValueError: no pictures, or of another shape; a VAE that overflows.
     """
     vae = pipe.vae
     if not isinstance(images, Tensor):
@@ -80,17 +79,9 @@ def _from_pil(pipe: Any, images: Image.Image | Sequence[Image.Image], size: tupl
     return rows
 
 
-@overload
-def decode(pipe: Any, latents: Tensor, *, pil: Literal[False] = False) -> Tensor: ...
-
-
-@overload
-def decode(pipe: Any, latents: Tensor, *, pil: Literal[True]) -> list[Image.Image]: ...
-
-
 @torch.no_grad()
-def decode(pipe: Any, latents: Tensor, *, pil: bool = False) -> Tensor | list[Image.Image]:
-    """Latents → pictures. No gradients. (SDXL's VAE overflows in float16, which is an error: give it float32.)
+def decode(pipe: Any, latents: Tensor, *, pil: bool = False) -> Any:
+    """Latents → pictures. No gradients.
 
     Args:
         pipe: the pipeline; only its `vae` is used, in its dtype, where it computes.
@@ -101,7 +92,7 @@ def decode(pipe: Any, latents: Tensor, *, pil: bool = False) -> Tensor | list[Im
         (b, 3, H, W), about [-1, 1], of the dtype of `latents`; or a list of b PIL pictures.
 
     Raises:
-        ValueError: the VAE overflows.
+        ValueError: the VAE overflows, as SDXL's does in float16.
     """
     vae = pipe.vae
     mean, factor = _normalisation(vae, latents)

@@ -32,13 +32,10 @@ def conditioning(
 
         cond, uncond = conditioning(pipe, ["a cat", "a dog"], "blurry", n=2)   # four rows each
 
-    For Stable Diffusion 1.x, 2.x and XL, a prompt of more than 75 tokens is encoded in chunks, as in ComfyUI and A1111: up to 75
-    tokens each between a begin and an end token, concatenated along the tokens. The cuts are where ComfyUI's are. A prompt
-    shorter than another in its list is filled up with empty chunks. If cond and uncond have different lengths, both are
-    repeated to their least common multiple, which does not change the UNet's cross-attention. The other pipelines encode
-    prompts themselves, and cut long ones with a warning.
-
-    Parentheses and other weights are not interpreted. No gradients.
+    For Stable Diffusion 1.x, 2.x and XL, a prompt of more than 75 tokens is encoded in chunks of up to 75, as in ComfyUI. A prompt
+    shorter than another in its list is filled up with empty chunks. If cond and uncond have different lengths, both are repeated
+    to their least common multiple, which does not change the UNet's cross-attention. The other pipelines cut long prompts with a
+    warning. Parentheses and other weights are not interpreted. No gradients.
 
     Args:
         pipe: the pipeline.
@@ -60,8 +57,7 @@ def conditioning(
             (rows, tokens, channels). uncond is None for Flux without a negative prompt: sample with cond alone.
 
     Raises:
-        TypeError: a pipeline with other text encoders, or without.
-        ValueError: lists of different lengths, or an argument for something that the pipeline does not have.
+        TypeError, ValueError: other text encoders, lists of different lengths, or an argument that the pipeline cannot use.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if control is not None and getattr(pipe, "controlnet", None) is None:
@@ -121,9 +117,6 @@ def _lists(prompts: list[str], first: Prompt, second: Prompt | None, encoders: i
     return lists
 
 
-# Text → chunks of tokens
-
-
 def _chunks(pipe: Any, tokenizer: Any, text: str) -> list[list[int]]:
     """The text's tokens, in chunks that fit between a begin and an end token; at least one chunk."""
     words = text.split()  # word by word, because a tokenizer warns of texts that are too long for one chunk
@@ -137,9 +130,6 @@ def _chunks(pipe: Any, tokenizer: Any, text: str) -> list[list[int]]:
 def _padded(tokenizer: Any, chunk: list[int]) -> list[int]:
     row = [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
     return row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row))
-
-
-# Chunks → the UNet's keywords
 
 
 def _encode(
@@ -171,9 +161,6 @@ def _hidden(pipe: Any, encoder: Any, ids: Tensor, clip_skip: int | None, is_xl: 
         return out[0], out[0]
     norm = getattr(encoder, "text_model", encoder).final_layer_norm
     return norm(out.hidden_states[-1 - skipped]), out[0]
-
-
-# The other keywords
 
 
 def _time_ids(pipe: Any, size: tuple[int, int] | None, negative: bool) -> list[float]:

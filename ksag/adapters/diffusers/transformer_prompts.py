@@ -50,17 +50,12 @@ DISTILLED = ("FluxTransformer2DModel",)
 def encode(
     pipe: Any, cond: list[Texts], uncond: list[Texts] | None, *, n: int, guidance: float | None, clip_skip: int | None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """cond and uncond of a pipeline with a transformer; `ksag.adapters.diffusers.conditioning` documents the rest.
-
-    Args:
-        pipe: the pipeline.
-        cond, uncond: the texts for each of two encoders; None for no negative prompt.
-    """
+    """`conditioning` for a pipeline with a transformer; `cond` and `uncond` are the texts for each of two encoders."""
     name, kind = type(pipe).__name__, type(pipe.transformer).__name__
     if kind not in ENCODERS or getattr(pipe, "text_encoder", None) is None:
         raise TypeError(
-            f"Expected a pipeline with text encoders and one of {', '.join(ENCODERS)}; got a {name}. Make cond and uncond from "
-            f"the tensors that its encode_prompt returns: {{'encoder_hidden_states': ...}}."
+            f"Expected a pipeline with text encoders and one of {', '.join(ENCODERS)}; got a {name}. Make cond and uncond of what "
+            f"its encode_prompt returns: {{'encoder_hidden_states': ...}}."
         )
     if kind not in TWO_TEXTS and any(side[0] != side[1] for side in (cond, uncond) if side):
         raise ValueError(f"A {name} has one text encoder, so it takes no prompt_2 and no negative_prompt_2.")

@@ -8,11 +8,7 @@ from torch import Tensor, nn
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer that takes latents as they are, such as Stable Diffusion 3's. The others derive from it.
-
-    Args:
-        transformer: diffusers' module.
-    """
+    """A diffusers transformer that takes latents as they are, such as Stable Diffusion 3's. The others derive from it."""
 
     timestep_scale = 1.0
     """The transformer's timesteps are this many times those from 0 to 1000."""
@@ -96,11 +92,7 @@ KINDS: dict[str, type[SpatialTransformer]] = {
 
 
 def spatial(transformer: nn.Module) -> SpatialTransformer:
-    """The module around a diffusers transformer that `call_network` can call.
-
-    Raises:
-        ValueError: ksag has none for this class.
-    """
+    """The module around a diffusers transformer; a ValueError if there is none for this class."""
     name = type(transformer).__name__
     if name not in KINDS:
         raise ValueError(
