@@ -39,6 +39,7 @@ class Parsed(HTMLParser):
             self.alternative_texts.append(attrs.get("alt"))
 
 
+@pytest.mark.slow
 def test_the_site_loads_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         text = page.read_text()
@@ -51,6 +52,7 @@ def test_the_site_loads_nothing_from_elsewhere(site):
                 assert (page.parent / local).is_file(), f"{page.relative_to(site)} loads {address!r}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["algorithm", "guidance-rules"])
 def test_formulas_are_mathml(site, page):
     text = (site / f"{page}.html").read_text()
@@ -59,6 +61,7 @@ def test_formulas_are_mathml(site, page):
     assert "<mfrac>" in text and "arithmatex" not in text and "$" not in re.sub(r"<script.*?</script>", "", text, flags=re.S)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_shows_its_stored_pictures(site, path):
     stored = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", ())]
@@ -66,11 +69,13 @@ def test_notebook_shows_its_stored_pictures(site, path):
     assert len(shown) == sum("image/png" in output.get("data", {}) for output in stored) > 0
 
 
+@pytest.mark.slow
 def test_every_picture_has_an_alternative_text(site):
     texts = [text for page in site.rglob("*.html") for text in Parsed(page.read_text()).alternative_texts]
     assert len(texts) > 10 and all(text and len(text) > 20 for text in texts), texts
 
 
+@pytest.mark.slow
 def test_the_search_finds_no_progress_bars(site):
     index = (site / "search/search_index.json").read_text()
     assert "What do SAG, PAG and SEG see" in index and "█" not in index and not re.search(r"\d%\|", index)
@@ -81,12 +86,7 @@ def test_nothing_installs_from_an_index_that_ksag_is_not_on(name):
     assert not re.search(r"pip install ['\"]?ksag\b(?!-)", (ROOT / name).read_text())
 
 
-def parameter_rows(name):
-    """The table of SAGDenoiser's parameters, without the folder that the README's links lead through."""
-    table = (ROOT / name).read_text().split("\n| `sag_scale` |")[1].split("\n\n")[0]
-    return f"| `sag_scale` |{table}".replace("](docs/", "](").splitlines()
-
-
+@pytest.mark.slow
 def test_the_performance_page_has_the_table_of_the_gpu(site):
     first_cells = re.findall(r"^\| *(\w[\w ]*?) *\|", (ROOT / "docs/gpu.md").read_text(), re.M)
     text = (site / "performance.html").read_text()
@@ -130,7 +130,10 @@ def test_examples_run(page, families):
     run(code)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["zoo", "diffusers", "a denoiser of your own"])
+OTHERS = (pytest.param(0, id="zoo", marks=pytest.mark.slow), pytest.param(2, id="a denoiser of your own", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("which", [pytest.param(1, id="diffusers"), *OTHERS])
 def test_the_figures_and_the_widget_work_on(which, tmp_path, monkeypatch):
     """The examples of api/notebook.md, at four steps."""
     opened = []
@@ -166,6 +169,7 @@ def test_a_wrong_reading_by_a_family_of_your_own_is_an_error(families):
         run(code.replace(right, "return Attention(k, q, v,"))
 
 
+@pytest.mark.slow
 def test_the_rule_of_your_own_guides_between_its_noise_levels():
     names = run(examples("guidance-rules"))
     guided, args, x = names["guided"], names["extra_args"], torch.randn(2, 3, 64, 64)
@@ -266,6 +270,7 @@ NAMES = EXPORTED | {
 }
 
 
+@pytest.mark.slow
 def test_every_public_name_is_in_the_api(site):
     pages = "".join(page.read_text() for page in (site / "api").glob("*.html"))
     assert not [name for name in NAMES if f'id="{name}"' not in pages]

