@@ -340,6 +340,7 @@ def trained(tmp_path_factory):
     return data, out
 
 
+@pytest.mark.slow
 def test_the_script_trains_a_classifier(trained):
     data, out = trained
     metadata = zoo.files.read(out / "classifier.safetensors")[1]
@@ -354,6 +355,7 @@ def test_the_script_trains_a_classifier(trained):
     assert distances["8 held out, to all"] > 2 * distances["8 of training, to the rest"]  # of a colour that is not trained on
 
 
+@pytest.mark.slow
 def test_the_script_keeps_the_features_of_what_was_trained_on(trained):
     data, out = trained
     import train_emoji
@@ -386,7 +388,7 @@ def shortened(line):
     return [*args, "--steps", "2", "--device", "cpu"] if args[0] == "sample" else [*args, "--device", "cpu"]
 
 
-@pytest.mark.parametrize("whose", ["bundled", "own"])
+@pytest.mark.parametrize("whose", [pytest.param("bundled", marks=pytest.mark.slow), "own"])
 def test_the_pages_commands_and_python_run(tmp_path, monkeypatch, whose):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -89,6 +89,7 @@ def test_refuses_an_empty_folder(tmp_path):
         emoji_flow.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_trains(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIG | {"warmup_steps": 1}))
