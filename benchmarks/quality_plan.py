@@ -1,4 +1,6 @@
-"""Which rows the quality benchmark measures: the settings that `choose` tries the same number of settings for each method, on seeds that `report` does not use: three that are written here, the
+"""Which rows the quality benchmark measures: the settings that `choose` tries, and the tables of `report`.
+
+`choose` tries the same number of settings for each method, on seeds that `report` does not use: three that are written here, the
 best of them stronger and weaker, and the best of these at other noise levels. If even the best is worse than plain sampling, only
 weaker ones follow. SAG + PAG starts from the best of both. The score of a setting is the mean over the samplers of
 log(FD / FD of plain sampling at the same number of evaluations).
