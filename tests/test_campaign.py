@@ -14,7 +14,7 @@ from ksag import cfg
 from tests import campaign
 
 SEED, CASES = 0, 1000
-FAST, SLOW = 40, 240
+FAST, SLOW = 30, 200
 
 
 @pytest.mark.parametrize("numbers", [range(FAST), pytest.param(range(FAST, SLOW), marks=pytest.mark.slow)], ids=["few", "many"])

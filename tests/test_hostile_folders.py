@@ -1,6 +1,7 @@
 """Does `load` run nothing in a folder, unpickle nothing, take weights only whole, and say in one line what is damaged?"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,20 +67,15 @@ def refusal(*args, **kwargs):
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_code_is_refused_before_anything_is_loaded(folder, ran, kind):
-    REFUSED[kind](folder)
+def test_code_is_refused_before_anything_is_loaded(folder, good, ran):
     for file in folder.rglob("*.safetensors"):
         file.unlink()
-    assert "runs no code from a model folder" in refusal(folder)
-    assert not ran.exists() and "evil" not in sys.modules
-
-
-@pytest.mark.parametrize("kind", ["scheduler of its own", "pipeline of its own", "one name"])
-def test_code_in_the_configs_for_a_single_file_is_refused(folder, good, ran, kind):
-    REFUSED[kind](folder)
-    assert "runs no code from a model folder" in refusal(good / "model.safetensors", config=folder)
-    assert not ran.exists() and "evil" not in sys.modules
+    for kind, change in REFUSED.items():
+        shutil.copy(good / "pipe" / "model_index.json", folder)
+        change(folder)
+        for given in {"path_or_id": folder}, {"path_or_id": good / "model.safetensors", "config": folder}:
+            assert "runs no code from a model folder" in refusal(**given), kind
+            assert not ran.exists() and "evil" not in sys.modules, kind
 
 
 def test_other_names_of_code_are_ignored(folder, good, ran):
@@ -96,8 +92,7 @@ def test_other_names_of_code_are_ignored(folder, good, ran):
 def test_nothing_is_unpickled_or_read_from_elsewhere(folder, ran, kind):
     change, message = PICKLED[kind]
     change(folder)
-    error = refusal(folder)
-    assert pytest.raises(ValueError, match=message).matches(ValueError(error)), error
+    assert re.search(message, refusal(folder))
     assert not ran.exists()
 
 
@@ -115,7 +110,7 @@ def test_a_damaged_folder_is_said_in_one_line(folder, kind):
     change, message = DAMAGED[kind]
     change(folder)
     error = refusal(folder)
-    assert pytest.raises(ValueError, match=message).matches(ValueError(error)), error
+    assert re.search(message, error)
     assert error.startswith(str(folder)) and "pickle" not in error
 
 
@@ -283,7 +278,9 @@ def test_the_generator_changes_what_it_says(good, tmp_path):
     def files(folder):
         return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
+    light = {"ignore": shutil.ignore_patterns("*.safetensors")}
+    before = files(shutil.copytree(good / "pipe", tmp_path / "before", **light))
     for kind, change in (REFUSED | IGNORED).items():
-        folder = shutil.copytree(good / "pipe", tmp_path / kind)
+        folder = shutil.copytree(good / "pipe", tmp_path / kind, **light)
         change(folder)
-        assert files(folder) != files(good / "pipe"), kind
+        assert files(folder) != before, kind

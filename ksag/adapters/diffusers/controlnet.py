@@ -23,16 +23,8 @@ class ControlledUNet(nn.Module):
         self, x: Tensor, t: Tensor, *, encoder_hidden_states: Tensor, controlnet_cond: Any = None,
         conditioning_scale: Any = 1.0, added_cond_kwargs: dict[str, Any] | None = None, **kwargs: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """
-        Args:
-            x: (b, c, h, w), scaled as the UNet expects it.
-            t: (b,) timesteps.
-            encoder_hidden_states: (b, tokens, channels), for both.
-            controlnet_cond: (b, 3, H, W) in [0, 1], the picture that steers; for several ControlNets a list of them.
-            conditioning_scale: how strongly; for several ControlNets a list.
-            added_cond_kwargs: what an SDXL UNet is told besides, for both.
-            **kwargs: the UNet's own.
-        """
+        """What the UNet predicts at x (b, c, h, w) and timesteps t (b,), steered by the picture `controlnet_cond` (b, 3, H, W) in
+        [0, 1] with the strength `conditioning_scale`; both are lists for several ControlNets. The others are the UNet's."""
         if controlnet_cond is None:
             raise TypeError(
                 "This UNet has a ControlNet, whose picture is missing: conditioning(pipe, prompt, control=picture) adds it."

@@ -125,13 +125,9 @@ def denoiser(
     Its conditioning is a dict of the network's keywords: wrap it with `ksag.SAGDenoiser(denoiser, cond_key=None)`.
     Its noise levels are on the device where the network computes; put `x` and `sigma` there as well.
 
-    A network trained by flow matching (Stable Diffusion 3, Flux, a UNet with a scheduler for it) becomes a `ksag.FlowDenoiser`.
-    Latents are (b, c, h, w) for every model, Flux and Qwen-Image included.
-
-    A pipeline's ControlNet is included; `conditioning(pipe, prompt, control=picture)` passes it the picture. A T2I-Adapter's
-    residuals go into cond and uncond, as `down_intrablock_additional_residuals`.
-
-    At a zero terminal SNR, the last sigma is 4518.77 instead of infinite, as in ComfyUI and A1111.
+    A network trained by flow matching becomes a `ksag.FlowDenoiser`. Latents are (b, c, h, w) for every model, Flux included. At a
+    zero terminal SNR, the last sigma is 4518.77 instead of infinite, as in ComfyUI and A1111. A pipeline's ControlNet is included;
+    `conditioning(pipe, prompt, control=picture)` passes it the picture.
 
     Args:
         model: a diffusers pipeline with `unet` or `transformer`, and `scheduler`; or a UNet or a transformer.
@@ -159,9 +155,7 @@ def denoiser(
         raise ValueError(f"{name} has timestep_type={kind!r}; for such a model give an EDMEulerScheduler.")
     if not flow:
         if network is not model and not _is_unet(network):
-            raise TypeError(
-                f"A {type(model).__name__} has a transformer that was not trained by flow matching: ksag takes a UNet there."
-            )
+            raise TypeError(f"A {type(model).__name__} has a transformer that was not trained by flow matching.")
         return _edm(network, scheduler) if hasattr(scheduler, "precondition_outputs") else _discrete(network, scheduler, quantize)
     if scheduler.config.get("prediction_type", "flow_prediction") != "flow_prediction":
         raise ValueError(

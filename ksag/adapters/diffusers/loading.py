@@ -64,8 +64,7 @@ def load(
     else:
         pipe = _from_folder(path if path.is_dir() else _download(str(path_or_id), variant), of_weights, variant)
     if hasattr(pipe, "unet") and (channels := pipe.unet.config.in_channels) not in (4, 9):
-        expected = "Text to image takes 4, inpainting 9"
-        raise ValueError(f"{path_or_id} is for another task: its UNet takes {channels} channels. {expected}.")
+        raise ValueError(f"{path_or_id} is for another task: its UNet takes {channels} channels instead of 4 (9 for inpainting).")
     pipe.register_to_config(_name_or_path=str(path_or_id))
     _set_prediction(pipe, prediction_type, zero_snr)
     if dtype == torch.float16 and "XL" in type(pipe).__name__ and getattr(pipe.vae.config, "force_upcast", False):

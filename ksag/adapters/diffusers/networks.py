@@ -7,14 +7,10 @@ from torch import Tensor, nn
 
 
 def call_network(model: nn.Module, x: Tensor, t: Tensor, concat: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """The model's prediction, (b, c, h, w) without a learned variance, in the latent's dtype; it computes in its own.
+    """The model's prediction without a learned variance, shaped like x (b, c, h, w) and of its dtype, at timesteps t (b,).
 
-    Args:
-        model: a diffusers UNet, or a transformer that takes spatial latents.
-        x: (b, c, h, w), scaled as the model expects it.
-        t: (b,) timesteps, whole or fractional.
-        concat: (b, c', h, w), the further channels of an inpainting or control model.
-        **kwargs: the model's own, such as `encoder_hidden_states`. One that it silently does without is a TypeError if missing.
+    `concat` (b, c', h, w) are the further channels of an inpainting model. A missing keyword that the model silently does without
+    is a TypeError.
     """
     _check_keywords(_config_of(model), kwargs)
     both = x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1)
@@ -81,7 +77,7 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():  # not a quantized weight
                 return parameter.dtype
-    raise TypeError(f"{type(model).__name__} has no weights: expected a diffusers UNet or transformer.")
+    raise TypeError(f"{type(model).__name__} has no weights.")
 
 
 def execution_device(model: nn.Module) -> torch.device:

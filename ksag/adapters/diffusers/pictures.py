@@ -20,11 +20,6 @@ def _normalisation(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | 
     return mean, factor / std
 
 
-def _is_of_video(vae: Any) -> bool:
-    """Whether it takes (b, c, frames, h, w), as Qwen-Image's does."""
-    return hasattr(vae.config, "temperal_downsample")
-
-
 def _finite(values: Tensor, vae: Any) -> Tensor:
     if not bool(values.isfinite().all()):
         raise ValueError(
@@ -52,7 +47,7 @@ def encode(pipe: Any, images: Tensor | Image.Image | Sequence[Image.Image], *, s
     Raises:
         TypeError, ValueError: no pictures, or of another shape; a VAE that overflows.
     """
-    vae = pipe.vae
+    vae, of_video = pipe.vae, hasattr(pipe.vae.config, "temperal_downsample")  # as Qwen-Image's: (b, c, frames, h, w)
     if not isinstance(images, Tensor):
         images = _from_pil(pipe, images, size).to(execution_device(vae))
     elif size is not None:
@@ -60,8 +55,8 @@ def encode(pipe: Any, images: Tensor | Image.Image | Sequence[Image.Image], *, s
     elif images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"Expected pictures of shape (b, 3, H, W) in [-1, 1], got {tuple(images.shape)}.")
     pixels = images.to(execution_device(vae), vae.dtype)
-    latents = vae.encode(pixels.unsqueeze(2) if _is_of_video(vae) else pixels).latent_dist.mode()
-    latents = _finite(latents.squeeze(2) if _is_of_video(vae) else latents, vae).to(images.dtype)
+    latents = vae.encode(pixels.unsqueeze(2) if of_video else pixels).latent_dist.mode()
+    latents = _finite(latents.squeeze(2) if of_video else latents, vae).to(images.dtype)
     mean, factor = _normalisation(vae, latents)
     return (latents - mean) * factor
 
@@ -94,9 +89,9 @@ def decode(pipe: Any, latents: Tensor, *, pil: bool = False) -> Any:
     Raises:
         ValueError: the VAE overflows, as SDXL's does in float16.
     """
-    vae = pipe.vae
+    vae, of_video = pipe.vae, hasattr(pipe.vae.config, "temperal_downsample")
     mean, factor = _normalisation(vae, latents)
     raw = (latents / factor + mean).to(execution_device(vae), vae.dtype)
-    (images,) = vae.decode(raw.unsqueeze(2) if _is_of_video(vae) else raw, return_dict=False)
-    images = _finite(images.squeeze(2) if _is_of_video(vae) else images, vae)
+    (images,) = vae.decode(raw.unsqueeze(2) if of_video else raw, return_dict=False)
+    images = _finite(images.squeeze(2) if of_video else images, vae)
     return pipe.image_processor.postprocess(images, output_type="pil") if pil else images.to(latents.dtype)

@@ -47,10 +47,8 @@ class PackedTransformer(SpatialTransformer):
 
     def forward(self, x: Tensor, t: Tensor, *, return_dict: bool = False, **kwargs: Any) -> tuple[Tensor, ...]:
         if x.shape[2] % 2 or x.shape[3] % 2:
-            raise ValueError(
-                f"{type(self.transformer).__name__} packs latents in patches of 2 × 2, so h and w must be even, got "
-                f"{tuple(x.shape[2:])}."
-            )
+            name, size = type(self.transformer).__name__, tuple(x.shape[2:])
+            raise ValueError(f"{name} packs latents in patches of 2 × 2, so h and w must be even, got {size}.")
         h, w = x.shape[2] // 2, x.shape[3] // 2
         tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
         (velocity,) = super().forward(tokens, t, **(kwargs | self.positions(h, w, x, kwargs)))
