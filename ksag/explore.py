@@ -158,19 +158,6 @@ class explore(widgets.VBox):  # type: ignore[misc]
 
     Raises:
         ValueError: `choices` without `conditioning` or the reverse.
-
-    >>> import k_diffusion as K
-    >>> import ksag.zoo
-    >>> guided = ksag.SAGDenoiser(ksag.zoo.load(), **ksag.zoo.SETTINGS)
-    >>> sigmas = K.sampling.get_sigmas_karras(2, 0.1, 80.0)
-    >>> widget = explore(guided, (3, 64, 64), sigmas, n=1)
-    >>> widget.controls["blur_sigma"].value = 3.0
-    >>> widget.wait()
-    True
-    >>> exec(widget.code)
-    >>> torch.equal(images, widget.result.guided)
-    True
-    >>> widget.close()
     """
 
     def __init__(
@@ -227,7 +214,10 @@ class explore(widgets.VBox):  # type: ignore[misc]
         return not concurrent.futures.wait([self._run], timeout).not_done
 
     def close(self) -> None:
-        """Ends the run that is under way, takes the widget off the page, and releases `guided`."""
+        """Ends the run that is under way, takes the widget off the page, and releases `guided`.
+
+        Python waits for a run that is under way when it ends.
+        """
         if hasattr(self, "_thread"):  # not if an argument was refused: a widget is closed when it is deleted, too
             self._wanted = None
             self._thread.shutdown(wait=False, cancel_futures=True)

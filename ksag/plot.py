@@ -102,7 +102,7 @@ def trace(steps: Sequence[TraceStep], *, sample: int = 0, decode: Decode | None 
         columns: show at most this many steps, including the first and the last.
 
     Raises:
-        ValueError, TypeError: no steps, no such sample, or latents without `decode`.
+        IndexError, ValueError, TypeError: no such sample, no steps, or latents without `decode`.
 
     >>> from ksag import TraceStep
     >>> g, p = torch.rand(2, 1, 3, 32, 32) * 2 - 1
@@ -110,8 +110,6 @@ def trace(steps: Sequence[TraceStep], *, sample: int = 0, decode: Decode | None 
     """
     if not steps:
         raise ValueError("The trace holds no step: a direction leaves none at scale 0 or outside its sigma_range.")
-    if not 0 <= sample < (batch := len(steps[0].uncond)):
-        raise ValueError(f"sample={sample}, but the trace holds {batch}: give 0 to {batch - 1}.")
     names, panels, overlays = list(dict.fromkeys(step.name for step in steps)), [], []
     for name in names:
         own = [step for step in steps if step.name == name]

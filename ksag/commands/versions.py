@@ -23,13 +23,6 @@ def _installed(name: str) -> str:
         return "not installed"
 
 
-def _show(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        click.echo(versions())
-        context.exit()
-
-
-version_option = click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show,
-    help="Show the versions of ksag, Python and the packages that it runs on, and exit.",
-)  # fmt: skip
+version_option = click.version_option(
+    message=versions(), help="Show the versions of ksag, Python and the packages that it runs on, and exit."
+)

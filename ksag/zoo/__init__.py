@@ -9,14 +9,17 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ksag import PAG, SAG, Direction
 from ksag.zoo import files
+
+if TYPE_CHECKING:  # the functions import it themselves, because it takes seconds
+    import k_diffusion as K
 
 EMOJI = Path(__file__).parent / "emoji.safetensors"
 """The bundled model's weights."""
@@ -109,7 +112,7 @@ def load_config(weights: str | os.PathLike[str] = EMOJI) -> dict[str, Any]:
 
 def load(
     weights: str | os.PathLike[str] = EMOJI, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> nn.Module:
+) -> "K.layers.Denoiser":
     """A k-diffusion denoiser from a safetensors file; by default the bundled model of emoji.
 
     The bundled model takes the vectors of `conditioning` as `mapping_cond`, and denoises images of (b, 3, 64, 64) in [-1, 1] at
@@ -139,7 +142,7 @@ def load(
     config, state = _config_and_weights(weights)
     with _named(weights):
         model = K.config.make_model(config)
-        denoiser: nn.Module = K.config.make_denoiser_wrapper(config)(model)
+        denoiser = K.config.make_denoiser_wrapper(config)(model)
         model.load_state_dict(state)
     return denoiser.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
