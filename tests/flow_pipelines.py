@@ -1,6 +1,10 @@
 """Tiny random pipelines trained by flow matching: diffusers' and transformers' own classes, saved to disk and loaded back."""
 
+import copy
+import functools
 import json
+import tempfile
+from pathlib import Path
 
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -165,6 +169,23 @@ def flow_sdxl(folder, **scheduler):
         tokenizer_2=words, unet=sdxl_unet(), scheduler=FlowMatchEulerDiscreteScheduler(shift=2.5), add_watermarker=False,
     )  # fmt: skip
     return through_disk(pipe, folder / "pipe")
+
+
+@functools.cache
+def _made(make):
+    with tempfile.TemporaryDirectory() as folder:
+        return make(Path(folder))
+
+
+def made(make, **scheduler):
+    """A copy of a pipeline that is made once, with other options of its scheduler."""
+    pipe = copy.copy(_made(make))
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **scheduler)
+    return pipe
+
+
+def schnell(folder):
+    return flux(folder, guidance_embeds=False)
 
 
 SIZE = {"height": 16, "width": 24}

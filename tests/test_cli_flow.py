@@ -1,5 +1,9 @@
 """Does `ksag sample --pipeline` sample Stable Diffusion 3, Flux and SDXL by flow matching from disk? They are tiny and random."""
 
+import copy
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -117,17 +121,19 @@ def test_what_is_written_into_the_picture(saved, kind, options, expected):
     assert model.cond_scale == {"SD3": 4.5, "flow XL": 7.5}.get(kind, 1.0)
 
 
-@pytest.mark.parametrize("schedule", ["model", "karras", "exponential"])
 @pytest.mark.parametrize("kind", ["SD3", "Flux dev"])
-def test_the_schedules_are_those_of_diffusers_scheduler(saved, kind, schedule):
+def test_the_schedules_are_those_of_diffusers_scheduler(saved, tmp_path, kind):
     model, pipe = opened(saved(kind)), diffusers.load(saved(kind))
-    options = {} if schedule == "model" else {f"use_{schedule}_sigmas": True}
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **options)
-    expected = diffusers.denoiser(pipe, size=(24, 32)).get_sigmas(6)
-    torch.testing.assert_close(model.sigmas(6, schedule), expected, rtol=2e-3, atol=0)  # float32 near t = 1
-    pipe.save_pretrained(saved(kind).parent / schedule)
-    again = opened(saved(kind).parent / schedule)
-    assert again.own_schedule == ("Simple" if schedule == "model" else schedule.capitalize())
+    for schedule in "model", "karras", "exponential":
+        options = {} if schedule == "model" else {f"use_{schedule}_sigmas": True}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **options)
+        with_it = copy.copy(pipe)
+        with_it.scheduler = scheduler
+        expected = diffusers.denoiser(with_it, size=(24, 32)).get_sigmas(6)
+        torch.testing.assert_close(model.sigmas(6, schedule), expected, rtol=2e-3, atol=0)  # float32 near t = 1
+    shutil.copytree(saved(kind), tmp_path / "exponential")
+    scheduler.save_pretrained(tmp_path / "exponential" / "scheduler")
+    assert (model.own_schedule, opened(tmp_path / "exponential").own_schedule) == ("Simple", "Exponential")
 
 
 def test_more_shift_means_more_steps_at_high_noise(saved):
@@ -171,4 +177,12 @@ def test_outside_the_mask_the_picture_is_unchanged(saved, tmp_path):
 def test_bad_input_is_one_clear_line(saved, tmp_path, kind, args, code, message):
     args = ["--prompt", "a", *args, "--device", "cpu", "--out", tmp_path / "x.png"]
     assert message in invoke("sample", "--pipeline", saved(kind), *args, code=code)
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("pipeline", ["WanPipeline", "LTXPipeline", "SanaPipeline", "StableAudioPipeline", "FluxKontextPipeline"])
+def test_a_folder_of_another_kind_is_refused_in_one_sentence(tmp_path, pipeline):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline, "transformer": ["diffusers", "Transformer"]}))
+    output = invoke("sample", "--pipeline", tmp_path, "--prompt", "a", "--device", "cpu", "--out", tmp_path / "x.png", code=1)
+    assert f"is a '{pipeline}'. ksag samples Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, and Flux" in output
     assert not (tmp_path / "x.png").exists()

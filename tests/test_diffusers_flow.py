@@ -24,8 +24,10 @@ from tests.flow_pipelines import (
     flow_sdxl,
     flux,
     flux_transformer,
+    made,
     pack,
     qwen_image,
+    schnell,
     stable_diffusion_3,
     unpack,
 )
@@ -49,8 +51,8 @@ def sampled(denoiser, latents, cond, uncond=None, cond_scale=1.0, cfg_rule=ksag.
     {}, {"shift": 1.0}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True},
     {"use_dynamic_shifting": True}, {"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"shift_terminal": 0.1},
 ])  # fmt: skip
-def test_stable_diffusion_3(tmp_path, options):
-    pipe, latents = stable_diffusion_3(tmp_path, **options), torch.randn(LATENTS)
+def test_stable_diffusion_3(options):
+    pipe, latents = made(stable_diffusion_3, **options), torch.randn(LATENTS)
     texts = {"prompt": ["a cat", "a dog"], "negative_prompt": ["bad", "bad"]}
     expected = pipe(**texts, **SIZE, **STEPS, latents=latents, guidance_scale=4.0).images
     cond, uncond = adapter.conditioning(pipe, ["a cat", "a dog"], "bad")
@@ -60,9 +62,9 @@ def test_stable_diffusion_3(tmp_path, options):
 
 @pytest.mark.parametrize("guidance_embeds", [True, False])
 @pytest.mark.parametrize("options", [{}, {"use_dynamic_shifting": False, "shift": 2.0}])
-def test_flux(tmp_path, guidance_embeds, options):
+def test_flux(guidance_embeds, options):
     """Dev takes its guidance scale as an input, and schnell none."""
-    pipe, latents = flux(tmp_path, guidance_embeds, **options), torch.randn(LATENTS)
+    pipe, latents = made(flux if guidance_embeds else schnell, **options), torch.randn(LATENTS)
     guidance = 5.0 if guidance_embeds else None
     args = {**SIZE, **STEPS, "latents": pack(latents), "num_images_per_prompt": 2, "guidance_scale": guidance}
     cond, uncond = adapter.conditioning(pipe, "a cat", n=2, guidance=guidance)
@@ -74,8 +76,8 @@ def test_flux(tmp_path, guidance_embeds, options):
     assert relative(sampled(denoiser, latents, cond, uncond, 2.0), expected) < 1e-3
 
 
-def test_chroma(tmp_path):
-    pipe, latents = chroma(tmp_path), torch.randn(LATENTS)
+def test_chroma():
+    pipe, latents = made(chroma), torch.randn(LATENTS)
     args = {**SIZE, **STEPS, "latents": pack(latents), "guidance_scale": 4.0}
     expected = pipe(["a cat", "many a dog"], negative_prompt=["bad", "bad"], **args).images
     cond, uncond = adapter.conditioning(pipe, ["a cat", "many a dog"], "bad")
@@ -91,8 +93,8 @@ def rescaled_by_token(u, g, cond_scale, x, sigma):
     return origin - unpack(pack(plain) * length[0] / length[1])
 
 
-def test_qwen_image(tmp_path):
-    pipe, latents = qwen_image(tmp_path), torch.randn(LATENTS)
+def test_qwen_image():
+    pipe, latents = made(qwen_image), torch.randn(LATENTS)
     args = {**SIZE, **STEPS, "latents": pack(latents)}
     prompts = ["a cat", "many a dog"]
     denoiser = adapter.denoiser(pipe, size=(16, 24))
@@ -104,8 +106,8 @@ def test_qwen_image(tmp_path):
     assert relative(result, unpack(expected)) < 1e-3
 
 
-def test_a_unet(tmp_path):
-    pipe, latents = flow_sdxl(tmp_path), torch.randn(2, 4, 8, 12)
+def test_a_unet():
+    pipe, latents = made(flow_sdxl), torch.randn(2, 4, 8, 12)
     pipe.scheduler = FlowEuler.from_config(pipe.scheduler.config)
     args = {**SIZE, **STEPS, "latents": latents, "num_images_per_prompt": 2, "guidance_scale": 4.0}
     expected = pipe("a cat", negative_prompt="bad", **args).images
@@ -188,8 +190,8 @@ def test_a_shift_of_ones_own(options):
         adapter.denoiser(model, FlowMatchEulerDiscreteScheduler(**options))
 
 
-def test_the_pipelines_scheduler_stays_as_it_is(tmp_path):
-    pipe = flux(tmp_path)
+def test_the_pipelines_scheduler_stays_as_it_is():
+    pipe = made(flux)
     before = pipe.scheduler.sigmas.clone()
     denoiser = adapter.denoiser(pipe, size=(16, 24))
     denoiser.get_sigmas(5)
@@ -269,8 +271,8 @@ def test_a_guidance_scale_that_is_missing():
 
 
 @pytest.mark.parametrize("make", [stable_diffusion_3, flux, chroma, qwen_image])
-def test_sag_changes_the_image(tmp_path, make):
-    pipe = make(tmp_path)
+def test_sag_changes_the_image(make):
+    pipe = made(make)
     denoiser = adapter.denoiser(pipe, size=(16, 24))
     cond, _ = adapter.conditioning(pipe, "a cat", n=2)
     x, sigma = torch.randn(LATENTS) * 3, torch.full((2,), 2.0)

@@ -11,6 +11,7 @@ from tests.flow_pipelines import (
     SIZE,
     chroma,
     flux,
+    made,
     pack,
     qwen_image,
     stable_diffusion_3,
@@ -20,8 +21,8 @@ from tests.flow_pipelines import (
 # Prompts
 
 
-def test_prompts_of_stable_diffusion_3_are_the_pipelines_own(tmp_path):
-    pipe = stable_diffusion_3(tmp_path)
+def test_prompts_of_stable_diffusion_3_are_the_pipelines_own():
+    pipe = made(stable_diffusion_3)
     cond, uncond = adapter.conditioning(pipe, ["a cat", "a dog"], "bad", prompt_2="oil", n=2)
     expected = pipe.encode_prompt(["a cat", "a dog"], ["oil", "oil"], None, num_images_per_prompt=2, negative_prompt=["bad", "bad"])
     for side, text, pooled in (cond, expected[0], expected[2]), (uncond, expected[1], expected[3]):
@@ -32,9 +33,9 @@ def test_prompts_of_stable_diffusion_3_are_the_pipelines_own(tmp_path):
     assert not torch.allclose(skipped, adapter.conditioning(pipe, "a cat")[0]["encoder_hidden_states"])
 
 
-def test_text_reaches_the_t5_encoder(tmp_path):
+def test_text_reaches_the_t5_encoder():
     """Its tiny tokenizer has a token for each letter."""
-    pipe = flux(tmp_path)
+    pipe = made(flux)
     assert pipe.tokenizer_2("a cat").input_ids == [3, 4, 3, 6, 4, 23, 1]
     one, two = (adapter.conditioning(pipe, "a cat", prompt_2=text)[0] for text in ("a cat", "a dog"))
     assert torch.equal(one["pooled_projections"], two["pooled_projections"])
@@ -55,11 +56,11 @@ def test_text_reaches_the_t5_encoder(tmp_path):
 )
 def test_arguments_that_do_not_fit(tmp_path, make, options, message):
     with pytest.raises(ValueError, match=message):
-        adapter.conditioning(make(tmp_path), "a cat", **options)
+        adapter.conditioning(make(tmp_path) if make is stable_diffusion else made(make), "a cat", **options)
 
 
-def test_a_pipeline_without_text_encoders(tmp_path):
-    pipe = flux(tmp_path)
+def test_a_pipeline_without_text_encoders():
+    pipe = made(flux)
     pipe.text_encoder = None
     with pytest.raises(
         TypeError, match=r"Expected a pipeline with text encoders and one of SD3Transformer2DModel, .* FluxPipeline"
@@ -71,8 +72,8 @@ def test_a_pipeline_without_text_encoders(tmp_path):
 
 
 @pytest.mark.parametrize("make", [stable_diffusion_3, flux, qwen_image])
-def test_pictures_are_the_pipelines_own(tmp_path, make):
-    pipe = make(tmp_path)
+def test_pictures_are_the_pipelines_own(make):
+    pipe = made(make)
     latents = torch.randn(1, 16, 8, 12)
     packed = latents if make is stable_diffusion_3 else pack(latents)
     args = {"num_inference_steps": 2, "latents": packed, **SIZE}
@@ -89,8 +90,8 @@ def test_pictures_are_the_pipelines_own(tmp_path, make):
     torch.testing.assert_close(again, shown.squeeze(2) if video else shown, rtol=1e-4, atol=1e-4)
 
 
-def test_a_pil_picture_is_cut_to_whole_patches(tmp_path):
-    pipe = flux(tmp_path)
+def test_a_pil_picture_is_cut_to_whole_patches():
+    pipe = made(flux)
     noise = Image.effect_noise((27, 21), 80)
     assert adapter.encode(pipe, noise).shape == (1, 16, 10, 12)
     resized = np.asarray(noise.convert("RGB").resize((24, 20), Image.Resampling.LANCZOS), np.float32)

@@ -161,11 +161,13 @@ def test_a_video_transformer_that_attends_in_several_calls_is_refused():
 
 def stable_audio(memory=0, patch=1, **options):
     """K.external.VDenoiser around its transformer."""
+    limit = torch._dynamo.config.recompile_limit
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that flash_attn is missing
         dit = pytest.importorskip("stable_audio_tools.models.dit", reason="pip install --no-deps stable-audio-tools")
-        sizes = {"io_channels": 4, "embed_dim": 64, "depth": 3, "num_heads": 2, "patch_size": patch, "num_memory_tokens": memory}
-        conditioning = {"cond_token_dim": 16, "global_cond_dim": 8, "prepend_cond_dim": 8}
-        model = seeded(lambda: dit.DiffusionTransformer(**sizes, **conditioning, **options))
+    torch._dynamo.config.recompile_limit = limit  # it sets another one
+    sizes = {"io_channels": 4, "embed_dim": 64, "depth": 3, "num_heads": 2, "patch_size": patch, "num_memory_tokens": memory}
+    conditioning = {"cond_token_dim": 16, "global_cond_dim": 8, "prepend_cond_dim": 8}
+    model = seeded(lambda: dit.DiffusionTransformer(**sizes, **conditioning, **options))
     return K.external.VDenoiser(model)
 
 

@@ -296,7 +296,9 @@ def sag_and_pag(model):
 
 
 WHOLE = ("SD3Transformer2DModel", "FluxTransformer2DModel", "ZImageTransformer2DModel", "Lumina2Transformer2DModel")
-"""Read by hooks, at the call with the text first, with the image first, and with texts of several lengths: of the others, only the layer is compiled, which takes less time."""
+"""Read by hooks, at the call with the text first, with the image first, and with texts of several lengths. Of the others, only the
+layer is compiled, which takes less time.
+"""
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ their call of `F.scaled_dot_product_attention`, which is given both sequences, n
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -100,8 +101,8 @@ def _is_in_block(*blocks: str) -> Callable[[Any, str, nn.Module], bool]:
     return lambda layer, path, parent: type(parent).__name__ in blocks and path.rpartition(".")[2] == "attn"
 
 
-def _streams(layer: Any, seen: Seen, norms_by_token: bool) -> tuple[list[Tensor], list[Tensor]] | None:
-    """q, k and v of the image, and of the text (of no tokens if the layer is given one sequence): (b, heads, tokens, dim)."""
+def _read(layer: Any, seen: Seen, tokens: Literal["first", "last"]) -> Attention | None:
+    """Both sequences, the image's first or last; a layer that is given one sequence has no text of its own."""
     image, text = projected(seen, IMAGE, "to_qkv"), projected(seen, TEXT, "to_added_qkv")
     if image is None:
         return None
@@ -110,34 +111,20 @@ def _streams(layer: Any, seen: Seen, norms_by_token: bool) -> tuple[list[Tensor]
         if norm not in seen:
             return rearrange(x, "b tokens (heads d) -> b heads tokens d", heads=layer.heads)
         normalised: Tensor = seen[norm][0]
-        return normalised.transpose(1, 2) if norms_by_token else normalised
+        return normalised.transpose(1, 2) if tokens == "last" else normalised  # AuraFlow normalises (b, tokens, heads, d)
 
-    text = [x[:, :0] for x in image] if text is None else text
-    return (
-        [by_head(x, norm) for x, norm in zip(image, ("norm_q", "norm_k", ""), strict=True)],
-        [by_head(x, norm) for x, norm in zip(text, ("norm_added_q", "norm_added_k", ""), strict=True)],
-    )
-
-
-def _read_image_first(layer: Any, seen: Seen) -> Attention | None:
-    if (streams := _streams(layer, seen, norms_by_token=False)) is None:
-        return None
-    q, k, v = (torch.cat([image, text], dim=2) for image, text in zip(*streams, strict=True))
-    return Attention(q, k, v, layer.scale, tokens="first")
-
-
-def _read_text_first(layer: Any, seen: Seen) -> Attention | None:
-    if (streams := _streams(layer, seen, norms_by_token=True)) is None:
-        return None
-    q, k, v = (torch.cat([text, image], dim=2) for image, text in zip(*streams, strict=True))
-    return Attention(q, k, v, layer.scale, tokens="last")
+    streams = [[by_head(x, norm) for x, norm in zip(image, ("norm_q", "norm_k", ""), strict=True)]]
+    if text is not None:
+        streams.append([by_head(x, norm) for x, norm in zip(text, ("norm_added_q", "norm_added_k", ""), strict=True)])
+    q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(streams if tokens == "first" else streams[::-1]), strict=True))
+    return Attention(q, k, v, layer.scale, tokens=tokens)
 
 
 STABLE_DIFFUSION_3 = Family(
     "diffusers Stable Diffusion 3",
     matches=_is_in_block("JointTransformerBlock"),
     middle=MIDDLE,
-    read=_read_image_first,
+    read=partial(_read, tokens="first"),
     projection="to_out.0",
     outputs=(*IMAGE, *TEXT, "to_qkv", "to_added_qkv", *NORMS),
     patch=PATCH,
@@ -147,7 +134,7 @@ AURA_FLOW = replace(
     STABLE_DIFFUSION_3,
     name="diffusers AuraFlow",
     matches=_is_in_block("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
-    read=_read_text_first,
+    read=partial(_read, tokens="last"),
 )
 
 FAMILIES = (
