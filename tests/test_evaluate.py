@@ -17,6 +17,7 @@ from torch import nn
 from ksag import evaluate
 from ksag.commands.evaluate import command, report
 from ksag.evaluate import features, measures
+from ksag.zoo import files
 
 
 @pytest.fixture
@@ -118,6 +119,13 @@ def test_damaged_statistics_are_an_error(two_sets, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         evaluate.load_statistics(path)
+
+
+def test_statistics_without_their_metadata_are_an_error(two_sets, tmp_path):
+    one = statistics(two_sets[0].float())
+    files.write(tmp_path / "s.safetensors", {"mean": one.mean, "cov": one.cov, "features": one.features}, n=300)
+    with pytest.raises(ValueError, match=r"s\.safetensors holds no statistics"):
+        evaluate.load_statistics(tmp_path / "s.safetensors")
 
 
 @pytest.mark.parametrize(
