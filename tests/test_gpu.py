@@ -143,7 +143,7 @@ def test_a_change_that_shows_nowhere_is_found_later_without_waiting(graphed):
             assert all(torch.equal(guided(x, sigma, **args), guided(x, sigma, **args)) for _ in range(10))
             assert relative(guided(x, sigma, **args), expected) < 1e-5
             return
-        with pytest.raises(ValueError, match="found at guided call 2 of this wrapper; it was right at call 1"):
+        with pytest.raises(ValueError, match="found at guided call 2 of those that use this layer; it was right at call 1"):
             for _ in range(4):
                 guided(x, sigma, **args)
                 torch.cuda.synchronize()

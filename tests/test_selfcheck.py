@@ -858,7 +858,8 @@ def test_a_change_that_shows_nowhere_is_found_at_the_next_check(what, changes_at
         processor.what = "scale" if call >= changes_at else "nothing"
         guided(X, torch.ones(2))
     processor.what = "scale"
-    message = rf"found at guided call {found} of this wrapper; it was right at call {right}, so calls since then may be affected"
+    at = rf"found at guided call {found} of those that use this layer"
+    message = rf"{at}; it was right at call {right}, so calls since then may be affected"
     with pytest.raises(ValueError, match=message):
         guided(X, torch.ones(2))
     with pytest.raises(ValueError, match="its processor, a OwnWay"):  # and at each call from then on
@@ -878,7 +879,7 @@ def test_a_change_between_two_runs_is_found_at_the_first_call_of_the_second(what
     if begin == "reset":
         guided.reset()
     next_run = guided.run() if begin == "run" else guided
-    with pytest.raises(ValueError, match="found at guided call 6 of this wrapper; it was right at call 4"):
+    with pytest.raises(ValueError, match="found at guided call 6 of those that use this layer; it was right at call 4"):
         next_run(X, torch.full((2,), 2.0 if begin == "sigma" else 0.7))
 
 
@@ -889,7 +890,7 @@ def test_a_late_check_counts_guided_calls_however_many_passes_they_take():
     for _ in range(3):
         guided(X, torch.ones(2), cond=text, uncond=text * 0)
     processor.what = "scale"
-    with pytest.raises(ValueError, match="found at guided call 4 of this wrapper"):
+    with pytest.raises(ValueError, match="found at guided call 4 of those that use this layer"):
         guided(X, torch.ones(2), cond=text, uncond=text * 0)
 
 

@@ -1,8 +1,8 @@
 """When a layer is checked, and what follows from the result.
 
 A layer is checked in full at its first visit, and whenever its code path is seen to change: its forward, its processor, or which
-arguments it is given. A part of its queries is checked again at the first call of each run and at its calls 2, 4, 8, 16 and every
-32nd, because a processor can change through one of its attributes, which is not visible from outside.
+arguments it is given. A part of its queries is checked again at the first call of each run that uses the layer and at the 2nd, 4th,
+8th, 16th and every 32nd of these, because a processor can change through one of its attributes, which is not visible from outside.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -131,7 +131,7 @@ class Checker:
         late = ""
         if self.status == "checked":
             late = (
-                f"This was found at guided call {call} of this wrapper; it was right at call "
+                f"This was found at guided call {call} of those that use this layer; it was right at call "
                 f"{min(self._found_right, call - 1)}, so calls since then may be affected. "
             )
         self.status = "not checked yet"

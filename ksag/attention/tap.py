@@ -39,7 +39,8 @@ class AttentionTap:
     What was read is checked against what the layer applied (`ksag.attention.checker`). If a family's reading does not explain
     it, the layer's call of scaled_dot_product_attention may.
 
-    A layer of a known family can be compiled, whole, after it was tapped; its first visit runs eagerly. A layer of any other family is read by a TorchFunctionMode while it runs, which a compiled graph does not call.
+    A layer of a known family can be compiled, whole, after it was tapped; its first visit runs eagerly. A layer of any other family
+    is read by a TorchFunctionMode while it runs, which a compiled graph does not call.
 
     Args:
         inner_model: the model that holds the layer.
