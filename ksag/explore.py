@@ -38,6 +38,7 @@ class Result(NamedTuple):
     settings: Settings
     plain: Tensor | None  # every scale at 0; None before it is sampled
     guided: Tensor
+    middle: Tensor | None  # after one plain Euler step to a sigma at which a direction acts; where previews start
     is_preview: bool
 
 
@@ -90,20 +91,20 @@ class Sampling:
 
         decode = self.decode or (lambda x: x)
         kept = last is not None and all(last.settings[k] == settings[k] for k in settings.keys() - self.keywords().keys())
-        plain, preview = last.plain if last is not None and kept else None, None
-        if len(self.sigmas) > 4:  # a plain Euler step to a sigma at which a direction acts, then a guided one to 0
+        plain, middle, preview = (last.plain, last.middle, None) if last is not None and kept else (None, None, None)
+        if len(self.sigmas) > 4:
             inner = self.sigmas[1:-1].tolist()
             ranges = [direction.sigma_range for direction in directions]
             acting = [i for i, sigma in enumerate(inner, 1) if any(low <= sigma <= high for low, high in ranges)] or [1]
             two = self.sigmas[[0, acting[len(acting) // 2]]]
-            x = sampled("preview", "euler", two, **off)
-            preview = decode(self.guided.run()(x, two[1].expand(self.n), **args)).cpu()
-            yield Result(settings, plain, preview, is_preview=True)
+            middle = sampled("preview", "euler", two, **off) if middle is None else middle
+            preview = decode(self.guided.run()(middle, two[1].expand(self.n), **args)).cpu()
+            yield Result(settings, plain, preview, middle, is_preview=True)
         if plain is None:
             plain = decode(sampled("plain", settings["sampler"], self.sigmas, **off)).cpu()
             if preview is not None:
-                yield Result(settings, plain, preview, is_preview=True)
-        yield Result(settings, plain, decode(sampled("guided", settings["sampler"], self.sigmas)).cpu(), is_preview=False)
+                yield Result(settings, plain, preview, middle, is_preview=True)
+        yield Result(settings, plain, decode(sampled("guided", settings["sampler"], self.sigmas)).cpu(), middle, is_preview=False)
 
     def code(self, settings: Settings) -> str:
         """Python code that samples `Result.guided` at these settings, bit for bit, as `images`."""

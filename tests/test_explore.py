@@ -205,7 +205,7 @@ def test_latents_are_decoded(opened):
 @pytest.mark.parametrize("spatial", [(40,), (8, 12), (5, 8, 12)])
 def test_a_picture_of_samples_with_any_number_of_dimensions(guided, spatial):
     x = torch.rand(2, 3, *spatial) * 2 - 1
-    png = sampling(guided).picture(Result({"sampler": "euler", "seed": 0}, None, x, is_preview=True))
+    png = sampling(guided).picture(Result({"sampler": "euler", "seed": 0}, None, x, None, is_preview=True))
     assert min(Image.open(io.BytesIO(png)).size) > 100
 
 
@@ -232,7 +232,7 @@ def test_a_preview_then_plain_samples_then_guided_ones(guided):
     # with other settings of a direction the plain samples stay
     again = list(session.run({**settings, "pag_scale": 2.0}, whole, ignore))
     assert [result.is_preview for result in again] == [True, False] and all(result.plain is plain.plain for result in again)
-    assert not torch.equal(again[0].guided, preview.guided)
+    assert again[0].middle is whole.middle and not torch.equal(again[0].guided, preview.guided)
 
 
 def test_a_preview_has_a_step_at_which_a_direction_acts(guided):
