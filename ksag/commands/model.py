@@ -1,4 +1,4 @@
-"""What the commands need of a model."""
+"""The interface of a model that the commands sample."""
 
 import abc
 from collections.abc import Mapping, Sequence

@@ -116,7 +116,7 @@ def directions(options: dict[str, Any], recommended: Sequence[Direction] = ()) -
     """The directions that the options of a command describe and switch on.
 
     Args:
-        options: all of the command's; those of `OPTIONS` are taken out.
+        options: all options of the command; those in `OPTIONS` are removed.
         recommended: replace the library's defaults where no option is given. Their scales do so only where no scale is given.
 
     Raises:
