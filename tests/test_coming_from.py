@@ -54,18 +54,15 @@ def test_diffusers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tool", "make", "name"),
-    [
-        ("diffusers, Stable Diffusion 3", flow_pipelines.stable_diffusion_3, ("stabilityai/", "stable-diffusion-3.5-medium")),
-        ("diffusers, Flux", flow_pipelines.flux, ("black-forest-labs/", "FLUX.1-dev")),
-    ],
+    ("tool", "make"),
+    [("diffusers, Stable Diffusion 3", flow_pipelines.stable_diffusion_3), ("diffusers, Flux", flow_pipelines.flux)],
 )
-def test_scripts_of_flow_matching(tmp_path, monkeypatch, tool, make, name):
+def test_scripts_of_flow_matching(tmp_path, monkeypatch, tool, make):
     """Unchanged except for the weights, the device and the size; without SAG, the picture is diffusers' own."""
     make(tmp_path)
     monkeypatch.chdir(tmp_path)
     code = BLOCKS[tool]
-    changes = {f'"{name[0]}"': '"pi"', f'"{name[1]}"': '"pe"', "1024, 1024": "16, 24", '"cuda"': '"cpu"', "bfloat16": "float32"}
+    changes = {'f"{owner}/{name}"': '"pipe"', "1024, 1024": "16, 24", '"cuda"': '"cpu"', "bfloat16": "float32"}
     for old, new in changes.items():
         assert code.count(old) == 1
         code = code.replace(old, new)

@@ -320,6 +320,7 @@ def test_compiled(name):
             return
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_read_on_the_host(name):
     """Nothing, if CUDA graphs are to capture it. Fake tensors have no values that could be read."""
