@@ -23,8 +23,8 @@ from ksag.commands.sampling import Sampling
 def latents(sampling: Sampling, seeds: Sequence[int], **scales: float) -> Tensor:
     """(len(seeds), c, h, w), on the CPU.
 
-    On a CPU, each seed is sampled in its own thread. On a busy machine, one batch on all of PyTorch's threads takes several times as
-    long, because they wait for each other after each operation.
+    On a CPU, each seed is sampled in its own thread. On a busy machine, one batch on all of PyTorch's threads takes several times
+    as long, because they wait for each other after each operation.
     """
     if sampling.sigmas.device.type != "cpu":
         return sampling.latents(seeds, **scales).cpu()
