@@ -41,11 +41,6 @@ def read_header(path: Path) -> Header:
         raise ValueError(f"{path} is damaged, or not a .safetensors file, the only kind that ksag loads. ({reason})") from error
 
 
-def is_checkpoint(header: Header) -> bool:
-    """Whether it is a Stable Diffusion 1.x, 2.x or XL checkpoint, complete or not."""
-    return header.starts(UNET + "input_blocks.0.") and header.starts(VAE, *TEXT)
-
-
 def check_whole(header: Header, path: Path) -> None:
     """Raises a ValueError for everything but a whole Stable Diffusion 1.x, 2.x or XL checkpoint."""
     if "config" in header.metadata and not header.starts(UNET):
