@@ -8,6 +8,6 @@ cd "$(dirname "$0")/.."
 . build/oldest/bin/activate
 pip install --quiet uv
 uv pip install --resolution lowest-direct -e '.[test]'
-uv pip install --no-deps stable-diffusion-sdkit
+uv pip install --no-deps stable-diffusion-sdkit stable-audio-tools
 ksag --version
 python -m pytest -m "not slow" "$@"
