@@ -927,7 +927,6 @@ def test_it_says_that_it_was_left_out():
 # Compiled, with models small enough to compile in a second
 
 
-
 def comfy_denoiser(**options):
     model, block = comfy(**options)
     return Denoiser(model, lambda model, x: model(x)), block
