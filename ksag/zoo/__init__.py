@@ -33,7 +33,7 @@ STYLES = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "tw
 """The emoji sets that the bundled model was trained on, in the order of its one-hot styles."""
 
 SETTINGS: dict[str, Any] = {
-    "sag_scale": 1.4, "blur_sigma": 1.5, "sigma_range": (0.4, 12.0), "attention": "inner_model.u_net.u_blocks.1.1",
+    "sag_scale": 1.96, "blur_sigma": 1.5, "sigma_range": (0.4, 12.0), "attention": "inner_model.u_net.u_blocks.1.1",
 }  # fmt: skip
 """Recommended keywords of `SAGDenoiser` for the bundled model, chosen by `benchmarks/quality.py`. The layer is the first one at
 16 × 16 in the decoder."""
