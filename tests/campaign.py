@@ -328,7 +328,7 @@ class Scene:
     def predictions(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """u, g, and the saliency of each layer by its path, all in float64."""
         _, model = denoisers(self.name, self.dtype)
-        with watched(model, self.name) as received:
+        with watched(model, layers(self.name), MODELS[self.name].image) as received:
             u = self.denoise(self.x, self.base)
         g = u if self.uncond is None else self.denoise(self.x, self.cond)
         return u, g, {path: as_map(tokens, self.x.shape[2:]) for path, tokens in received.items()}
@@ -337,7 +337,7 @@ class Scene:
     def rounding(self) -> dict[str, float]:
         """By how much the saliency of each layer changes where the reference asks the model in the scene's dtype."""
         model, _ = denoisers(self.name, self.dtype)
-        with watched(model, self.name) as received:
+        with watched(model, layers(self.name), MODELS[self.name].image) as received:
             model(self.x, self.sigma, **self.arguments(self.base, self.dtype))
         exact = self.predictions[2]
         return {path: float((as_map(received[path], self.x.shape[2:]) - exact[path]).abs().max()) for path in exact}
@@ -372,9 +372,9 @@ def layers(name: str) -> tuple[str, ...]:
     return tuple(layer.path for layer in ksag.list_attention(model))
 
 
-def image_of(name: str, size: tuple[int, ...], tokens: int) -> slice:
-    """Which of a layer's tokens are the image's, of a latent of this size."""
-    if not (joint := MODELS[name].image):
+def image_of(joint: str, size: tuple[int, ...], tokens: int) -> slice:
+    """Which of a layer's tokens are the image's, of a latent of this size; `joint` is a model's `image`."""
+    if not joint:
         return slice(None)
     image = math.prod(side // 2 for side in size)
     return slice(0, image) if joint == "first" else slice(tokens - image, None)
@@ -387,9 +387,9 @@ def sdpa_arguments(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: fl
 class Watch(TorchFunctionMode):
     """How much attention each token of the image receives, (b, tokens), while a layer runs, by the layer's path."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, joint: str) -> None:
         super().__init__()
-        self.name = name
+        self.joint = joint
         self.form: tuple[int, ...] = ()
         """The latent's."""
         self.inside: str | None = None
@@ -408,21 +408,21 @@ class Watch(TorchFunctionMode):
         assert self.inside is not None and self.inside not in self.received
         tokens = attention.shape[-2]
         attention = attention.reshape(self.form[0], -1, *attention.shape[-2:]).mean(1)[:, :, -tokens:]  # behind lucidrains' memory
-        image = image_of(self.name, self.form[2:], tokens)
+        image = image_of(self.joint, self.form[2:], tokens)
         received = attention[:, image, image].sum(1)
         self.received[self.inside] = received / received.mean(1, keepdim=True)
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, name: str) -> Iterator[dict[str, Tensor]]:
+def watched(model: nn.Module, paths: Iterable[str], joint: str = "") -> Iterator[dict[str, Tensor]]:
     handles = []
 
     def enter(path: str | None) -> Callable:
         return lambda *_: setattr(watch, "inside", path)
 
-    watch = Watch(name)
+    watch = Watch(joint)
     handles.append(model.register_forward_pre_hook(lambda module, args: setattr(watch, "form", tuple(args[0].shape))))
-    for path in layers(name):
+    for path in dict.fromkeys(paths):
         layer = model.get_submodule(path)
         handles += [layer.register_forward_pre_hook(enter(path)), layer.register_forward_hook(enter(None))]
     try:
@@ -446,7 +446,7 @@ class Perturbed(reference.Perturbed):
         output = func(*args, **(kwargs or {}))
         if self.inside and func is F.scaled_dot_product_attention:
             q, k, v, scale = sdpa_arguments(*args, **(kwargs or {}))
-            image = image_of(self.name, self.size, q.shape[-2])
+            image = image_of(MODELS[self.name].image, self.size, q.shape[-2])
             if self.how == "identity":
                 output[..., image, :] = v[..., image, :]
             else:

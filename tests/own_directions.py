@@ -11,10 +11,10 @@ def skipped(args, kwargs, output):
 
 
 class SkipBlock(ksag.Direction):
-    """Away from the conditional prediction without one block."""
+    """Guides away from the conditional prediction without one block."""
 
     name = "skip"
-    keywords = {"skip_scale": "scale"}  # may be given in extra_args
+    keywords = {"skip_scale": "scale"}  # in extra_args, skip_scale replaces scale
 
     def __init__(self, scale, path, **settings):
         super().__init__(scale, modules=[path], **settings)

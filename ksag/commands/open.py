@@ -27,7 +27,7 @@ def size(value: str) -> tuple[int, int]:
 
 
 CATEGORY = click.option("--category", show_default="all",
-                        help="Categories of emoji: names, parts of names, numbers, or any; each seed takes the next.")  # fmt: skip
+                        help="Categories of emoji: names, parts of names, or any; each seed takes the next.")  # fmt: skip
 STYLE = click.option("--style", show_default="any", help="Styles of emoji, such as noto,twemoji; each seed takes the next.")
 COND_SCALE = click.option("--cond-scale", type=float, show_default="1; 7.5 with --pipeline, 4.5 for SD 3, 3.5 for Flux dev",
                           help="Strength of classifier-free guidance; 1 is none. Flux dev takes it as an input.")  # fmt: skip
@@ -36,7 +36,7 @@ CHECKPOINT_OPTIONS = (
                  help="A k-diffusion model as safetensors, with its config in the metadata."),
     CATEGORY,
     STYLE,
-    click.option("--classes", show_default="all", help="Classes of --weights: names, numbers, or any; each seed takes the next."),
+    click.option("--classes", show_default="all", help="Classes of --weights: names or any; each seed takes the next."),
 )  # fmt: skip
 PIPELINE_OPTIONS = (
     click.option("--pipeline", metavar="PATH_OR_ID",
