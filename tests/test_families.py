@@ -53,8 +53,8 @@ def as_tensors(output):
 
 WHOLE = ("any other", "k-diffusion", "diffusers")
 """Of the others, only the layer is compiled, which takes less time."""
-BREAKS = "k-diffusion transformer v1"
-"""It breaks the graph inside the layer, where it looks for flash_attn."""
+BREAKS = ["k-diffusion transformer v1", *(["any other"] if torch.__version__.startswith("2.10.") else [])]
+"""They break the graph inside the layer: one where it looks for flash_attn, the other where that PyTorch meets a TorchFunctionMode."""
 
 
 SAME = ("diffusers, SD 2.x", "diffusers, SDXL", "diffusers, unconditional")
@@ -73,14 +73,14 @@ def test_compiled_after_wrapping(name):
         case.call(model, x)
     torch._dynamo.reset()
     compiled = model if name in WHOLE else tap.layer
-    compiled.compile(backend="eager", fullgraph=name != BREAKS)
+    compiled.compile(backend="eager", fullgraph=name not in BREAKS)
     for _ in range(2):
         try:
             with tap.recording(2) as seen:
                 case.call(model, x)
             saliency = seen.saliency()
         except (RuntimeError, ValueError) as error:
-            assert name == BREAKS and case.path in str(error)  # but never unguided
+            assert name in BREAKS and case.path in str(error)  # but never unguided
         else:
             torch.testing.assert_close(saliency, eager.saliency(), rtol=1e-5, atol=1e-6)
 

@@ -151,6 +151,8 @@ class Own:
         logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
         if encoder_hidden_states_mask is not None:
             logits[..., : encoder_hidden_states_mask.shape[1]].masked_fill_(~encoder_hidden_states_mask[:, None, None], -torch.inf)
+        if attention_mask is not None and attention_mask.ndim == 4:  # as diffusers 0.38 has it for Qwen-Image
+            logits = logits.masked_fill(~attention_mask, -torch.inf)
         self.weights = logits.softmax(-1)
         output = torch.einsum("bhqk,bkhd->bqhd", self.weights, v).flatten(2)
         if not is_joint:
