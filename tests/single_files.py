@@ -94,7 +94,75 @@ def _resblock(name, prefix):
     return name
 
 
-def single_file(pipe, path, *, extra=None, metadata=None, leave_out=()):
+STABLE_DIFFUSION_3 = {
+    r"^pos_embed\.pos_embed": "pos_embed", r"^pos_embed\.proj": "x_embedder.proj",
+    r"^time_text_embed\.timestep_embedder\.linear_1": "t_embedder.mlp.0",
+    r"^time_text_embed\.timestep_embedder\.linear_2": "t_embedder.mlp.2",
+    r"^time_text_embed\.text_embedder\.linear_1": "y_embedder.mlp.0",
+    r"^time_text_embed\.text_embedder\.linear_2": "y_embedder.mlp.2",
+    r"^proj_out": "final_layer.linear", r"^norm_out\.linear": "final_layer.adaLN_modulation.1",
+    r"\.norm1\.linear": ".x_block.adaLN_modulation.1", r"\.norm1_context\.linear": ".context_block.adaLN_modulation.1",
+    r"\.(attn2?)\.to_[qkv]\.": r".x_block.\1.qkv.", r"\.attn\.add_[qkv]_proj": ".context_block.attn.qkv",
+    r"\.(attn2?)\.norm_([qk])\.": r".x_block.\1.ln_\2.", r"\.attn\.norm_added_([qk])": r".context_block.attn.ln_\1",
+    r"\.(attn2?)\.to_out\.0": r".x_block.\1.proj", r"\.attn\.to_add_out": ".context_block.attn.proj",
+    r"\.ff\.": ".x_block.mlp.", r"\.ff_context\.": ".context_block.mlp.",
+    r"net\.0\.proj": "fc1", r"net\.2": "fc2", r"^transformer_blocks": "joint_blocks",
+}  # fmt: skip
+FLUX = {
+    r"^time_text_embed\.timestep_embedder": "time_in", r"^time_text_embed\.text_embedder": "vector_in",
+    r"^time_text_embed\.guidance_embedder": "guidance_in", r"_in\.linear_1": "_in.in_layer", r"_in\.linear_2": "_in.out_layer",
+    r"^context_embedder": "txt_in", r"^x_embedder": "img_in",
+    r"^proj_out": "final_layer.linear", r"^norm_out\.linear": "final_layer.adaLN_modulation.1",
+    r"^single(.*)\.(?:attn\.to_[qkv]|proj_mlp)\.": r"single\1.linear1.", r"^single(.*)\.proj_out": r"single\1.linear2",
+    r"^single(.*)\.norm\.linear": r"single\1.modulation.lin", r"^single(.*)\.attn\.norm_": r"single\1.norm_",
+    r"^single_transformer_blocks": "single_blocks", r"^transformer_blocks": "double_blocks",
+    r"\.norm1\.linear": ".img_mod.lin", r"\.norm1_context\.linear": ".txt_mod.lin",
+    r"\.attn\.to_[qkv]\.": ".img_attn.qkv.", r"\.attn\.add_[qkv]_proj": ".txt_attn.qkv",
+    r"\.attn\.norm_added_": ".txt_attn.norm_", r"\.attn\.norm_": ".img_attn.norm_",
+    r"\.norm_q\.weight": ".norm.query_norm.scale", r"\.norm_k\.weight": ".norm.key_norm.scale",
+    r"\.attn\.to_out\.0": ".img_attn.proj", r"\.attn\.to_add_out": ".txt_attn.proj",
+    r"\.ff\.net\.(\d)(\.proj)?": r".img_mlp.\1", r"\.ff_context\.net\.(\d)(\.proj)?": r".txt_mlp.\1",
+}  # fmt: skip
+
+
+def transformer_tensors(transformer, prefix="model.diffusion_model."):
+    """Queries, keys and values lie in one, Flux's single blocks have the MLP there too; a last norm's shift is before its scale."""
+    is_flux, joined = type(transformer).__name__ == "FluxTransformer2DModel", {}
+    last = "norm_out" if is_flux else rf"norm_out|transformer_blocks\.{transformer.config.num_layers - 1}\.norm1_context"
+    for name, tensor in transformer.state_dict().items():
+        new = name
+        for old, of_file in (FLUX if is_flux else STABLE_DIFFUSION_3).items():
+            new = re.sub(old, of_file, new)
+        part = re.search(r"\.(?:to_|add_|proj_)([qkvm])(?:_proj|lp)?\.", name)
+        rows = tensor.roll(len(tensor) // 2, 0) if re.match(last, name) else tensor
+        joined.setdefault(prefix + new, {})["qkvm".index(part[1]) if part else 0] = rows
+    for name, parts in joined.items():
+        yield name, torch.cat([parts[place] for place in sorted(parts)])
+
+
+def flow_tensors(pipe, prefix):
+    """Stable Diffusion 3 or Flux; ComfyUI leaves a logit_scale next to each text encoder."""
+    yield from transformer_tensors(pipe.transformer, prefix)
+    encoders = {"clip_l": pipe.text_encoder, "clip_g": pipe.text_encoder_2, "t5xxl": getattr(pipe, "text_encoder_3", None)}
+    if encoders["t5xxl"] is None:
+        encoders = {"clip_l": pipe.text_encoder, "t5xxl": pipe.text_encoder_2}
+    for name, encoder in encoders.items():
+        whole = f"text_encoders.{name}.transformer."
+        yield f"text_encoders.{name}.logit_scale", torch.ones(1)
+        for key, tensor in encoder.state_dict().items():
+            key = key if name == "t5xxl" or key.startswith("text_") else f"text_model.{key}"
+            if key != "encoder.embed_tokens.weight":  # the same as shared.weight
+                yield whole + key, tensor
+
+
+def flow_file(pipe, path, *, prefix="model.diffusion_model.", vae="first_stage_model.", **options):
+    """`single_file` of Stable Diffusion 3 or Flux, with the prefixes of its transformer and VAE."""
+    tensors = dict(flow_tensors(pipe, prefix))
+    tensors |= {name.replace("first_stage_model.", vae): tensor for name, tensor in vae_tensors(pipe.vae)}
+    return _save(tensors, path, **options)
+
+
+def single_file(pipe, path, **options):
     """Writes the pipeline as one file; `extra` tensors go in as they are, and what begins with `leave_out` stays out."""
     config = pipe.unet.config
     attends = {i for i, kind in enumerate(config.up_block_types) if "CrossAttn" in kind}
@@ -108,6 +176,10 @@ def single_file(pipe, path, *, extra=None, metadata=None, leave_out=()):
         tensors |= dict(open_clip_tensors(pipe.text_encoder, "cond_stage_model.model."))
     else:
         tensors |= dict(clip_tensors(pipe.text_encoder, "cond_stage_model.transformer."))
+    return _save(tensors, path, **options)
+
+
+def _save(tensors, path, *, extra=None, metadata=None, leave_out=()):
     kept = {name: tensor.contiguous().clone() for name, tensor in tensors.items() if not name.startswith(tuple(leave_out))}
     save_file(kept | (extra or {}), path, metadata)
     return path

@@ -7,8 +7,18 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_model.", "conditioner.embedders.")
-"""Prefixes of the tensors in a Stable Diffusion checkpoint: of its UNet, its VAE and its text encoders."""
+UNET, VAE, TEXT = "model.diffusion_model.", ("first_stage_model.", "vae."), ("cond_stage_model.", "conditioner.embedders.")
+"""Prefixes of the tensors in a Stable Diffusion checkpoint: of its UNet or transformer, its VAE and its text encoders."""
+
+CLIP_L, CLIP_G, T5 = (f"text_encoders.{encoder}.transformer." for encoder in ("clip_l", "clip_g", "t5xxl"))
+
+TRANSFORMERS = {
+    "StableDiffusion3Pipeline": (
+        "Stable Diffusion 3", "joint_blocks.0.x_block.attn.qkv.weight", {"CLIP-L": CLIP_L, "CLIP-G": CLIP_G},
+    ),
+    "FluxPipeline": ("Flux", "double_blocks.0.img_mod.lin.weight", {"CLIP-L": CLIP_L, "T5": T5}),
+}  # fmt: skip
+"""diffusers' class → its model, a tensor that only this has, and the text encoders without which there is no picture."""
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 
@@ -42,21 +52,34 @@ def read_header(path: Path) -> Header:
 
 
 def check_whole(header: Header, path: Path) -> None:
-    """Raises a ValueError for everything but a whole Stable Diffusion 1.x, 2.x or XL checkpoint."""
+    """Raises a ValueError for everything but a whole Stable Diffusion or Flux checkpoint."""
     if "config" in header.metadata and not header.starts(UNET):
         raise ValueError(
             f"{path.name} is a k-diffusion model: load it with ksag.zoo.load({str(path)!r}), or ksag sample --weights."
         )
-    parts = {"UNet": [UNET + "input_blocks.0.0.weight"], "VAE": [VAE], "text encoder": TEXT}
+    if pipeline := _transformer_pipeline(header):
+        kind, _, encoders = TRANSFORMERS[pipeline]
+        parts = {"VAE": VAE} | {f"{name} text encoder": (prefix,) for name, prefix in encoders.items()}
+    else:
+        kind = "Stable Diffusion or Flux"
+        parts = {"UNet": (UNET + "input_blocks.0.0.weight",), "VAE": VAE, "text encoder": TEXT}
     if lacks := [part for part, prefixes in parts.items() if not header.starts(*prefixes)]:
         raise ValueError(
-            f"{path.name} is not a whole Stable Diffusion 1.x, 2.x or XL checkpoint: it has no {' and no '.join(lacks)}. For "
-            f"Stable Diffusion 3 and Flux, give a folder or a hub id. For LoRAs and single parts, see docs/diffusers.md."
+            f"{path.name} is not a whole {kind} checkpoint: it has no {' and no '.join(lacks)}, so give a folder or a hub id. "
+            f"For LoRAs and single parts, see docs/diffusers.md."
         )
+
+
+def _transformer_pipeline(header: Header) -> str | None:
+    """The diffusers class for a file with a transformer; None for another file."""
+    kinds = (kind for kind, (_, marker, _) in TRANSFORMERS.items() if marker in header.shapes or UNET + marker in header.shapes)
+    return next(kinds, None)
 
 
 def pipeline_of(header: Header) -> str:
     """The diffusers class for a whole checkpoint."""
+    if pipeline := _transformer_pipeline(header):
+        return pipeline
     kind = "XL" if header.starts("conditioner.embedders.") else ""
     is_refiner = header.starts("conditioner.embedders.0.model.") and not header.starts("conditioner.embedders.1.")
     is_inpainting = header.shapes[UNET + "input_blocks.0.0.weight"][1:2] == (9,)

@@ -34,7 +34,8 @@ def load(
     overflows there. The safety checker is left out.
 
     Args:
-        path_or_id: a diffusers folder, a hub id (owner/name), or a single .safetensors file (Stable Diffusion 1.x, 2.x or XL).
+        path_or_id: a diffusers folder, a hub id (owner/name), or a single .safetensors file with the network, the VAE and the text
+            encoders. Only Stable Diffusion 3's T5 may be missing: its prompts then go to CLIP alone.
         config: for a single file: the folder or hub id of a pipeline of the same kind, for its configs and tokenizers; by
             default the hub id that diffusers takes for such a file.
         dtype: of the weights; float32 by default.
@@ -119,16 +120,29 @@ def _from_file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Any
     checkpoints.check_whole(header, path)
     pipeline, folder = checkpoints.pipeline_of(header), _configs(path, config, header)
     index = folders.read_index(folder)
-    if "unet" not in index or ("text_encoder_2" in index) != ("XL" in pipeline):
+    if _family(index["_class_name"]) != _family(pipeline):
         raise ValueError(f"{path.name} is for a {pipeline}, but config={str(folder)!r} is for a {index['_class_name']}.")
     index.pop("image_encoder", None)
+    if pipeline == "StableDiffusion3Pipeline" and not header.starts(checkpoints.T5):
+        index = {name: value for name, value in index.items() if name not in ("text_encoder_3", "tokenizer_3")}
+    encoders = [name for name in index if name.startswith("text_encoder")]
+    held = [prefix for prefix in (checkpoints.CLIP_L, checkpoints.CLIP_G, checkpoints.T5) if header.starts(prefix)]
+    if len(encoders) < len(held):
+        raise ValueError(f"{path.name} has {len(held)} text encoders, but config={str(folder)!r} has {len(encoders)}.")
     tensors = load_file(path)
     try:
         pipe = folders.build(folder, index, pipeline, dtype, lambda part, config: _tensors_of(part.name, config, tensors))
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path.name} cannot be loaded with the configs of {folder}. ({error})") from error
-    _follow_markers(pipe, tensors, header, path)
+        reason = f"There is no {error}." if isinstance(error, KeyError) else error
+        raise ValueError(f"{path.name} cannot be loaded with the configs of {folder}. ({reason})") from error
+    if hasattr(pipe, "unet"):
+        _follow_markers(pipe, tensors, header, path)
     return pipe
+
+
+def _family(pipeline: str) -> str:
+    """Pipelines of the same family have the same parts; "" is Stable Diffusion 1.x and 2.x."""
+    return re.findall("StableDiffusionXL|StableDiffusion3|Flux|$", pipeline)[0]
 
 
 def _configs(path: Path, config: str | Path | None, header: Header) -> Path:
@@ -143,7 +157,7 @@ def _configs(path: Path, config: str | Path | None, header: Header) -> Path:
         return Path(config)
     try:
         with _hub(str(config)):
-            return Path(snapshot_download(str(config), allow_patterns=["*.json", "*.txt"]))
+            return Path(snapshot_download(str(config), allow_patterns=["*.json", "*.txt", "*/spiece.model"]))
     except OSError as error:
         raise OSError(
             f"{path.name} has only weights. Give config= (--config) the folder of a diffusers pipeline of the same kind, whose "
@@ -151,11 +165,25 @@ def _configs(path: Path, config: str | Path | None, header: Header) -> Path:
         ) from error
 
 
-TEXT_ENCODERS = {
-    "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner.embedders.0.transformer."),
-    "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
-}
+PREFIXES = {
+    "transformer": (checkpoints.UNET, ""),
+    "text_encoder": (
+        "cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner.embedders.0.transformer.", checkpoints.CLIP_L,
+    ),
+    "text_encoder_2": (
+        "conditioner.embedders.1.model.", "conditioner.embedders.0.model.", checkpoints.CLIP_G, checkpoints.T5,
+    ),
+    "text_encoder_3": (checkpoints.T5,),
+}  # fmt: skip
 """Part → the prefixes that its tensors may have in a single file; `model.` is OpenCLIP's."""
+
+OF_TEXT_ENCODER = {"CLIPTextModelWithProjection": ("text_model.", "text_projection."), "T5EncoderModel": ("",)}
+"""transformers' class → its tensors after the prefix. Merging tools leave other parts of CLIP next to text_model."""
+
+CONVERTERS = {
+    "SD3Transformer2DModel": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "FluxTransformer2DModel": "convert_flux_transformer_checkpoint_to_diffusers",
+}
 
 
 def _tensors_of(part: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,15 +191,22 @@ def _tensors_of(part: str, config: dict[str, Any], tensors: dict[str, Tensor]) -
     from diffusers.loaders import single_file_utils as ldm
 
     found: dict[str, Tensor]
-    prefix = next((prefix for prefix in TEXT_ENCODERS.get(part, ()) if any(name.startswith(prefix) for name in tensors)), part)
+    prefix = next((prefix for prefix in PREFIXES.get(part, ()) if any(name.startswith(prefix) for name in tensors)), part)
     if part == "unet":
         found = ldm.convert_ldm_unet_checkpoint(tensors, config)
+    elif part == "transformer":
+        names = (name for name in tensors if name.startswith(prefix) and not name.startswith((*checkpoints.VAE, "text_encoders.")))
+        own = {name.removeprefix(prefix): tensors[name] for name in names}
+        found = getattr(ldm, CONVERTERS[config["_class_name"]])(own) | own  # the converter takes out what it knows
     elif part == "vae":
         found = ldm.convert_ldm_vae_checkpoint(tensors, config)
     elif prefix.endswith(".model."):
         found = ldm.convert_open_clip_checkpoint(SimpleNamespace(config=SimpleNamespace(**config)), tensors, prefix)
-    else:  # merging tools leave other parts of CLIP next to text_model
-        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix + "text_model.")}
+    else:
+        kept = tuple(prefix + start for start in OF_TEXT_ENCODER.get(config["_class_name"], ("text_model.",)))
+        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(kept)}
+        if prefix == checkpoints.CLIP_L and len(kept) == 2:  # files may leave it out, as it is the identity
+            found.setdefault("text_projection.weight", torch.eye(len(found["text_model.final_layer_norm.weight"])))
     return found
 
 
