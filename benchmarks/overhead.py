@@ -5,11 +5,13 @@ On the bundled model, side by side in one run: plain classifier-free guidance (o
 at every third call (the mean of three). Ratios are medians over rounds in which each runs once.
 """
 
+import json
 import platform
 import statistics
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import click
 import torch
@@ -37,9 +39,10 @@ def ratio(times: list[float], over: list[float]) -> str:
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--size", default=64, show_default=True, help="Side of the image, in pixels.")
 @click.option("--rounds", default=40, show_default=True)
+@click.option("--json", "raw", type=click.Path(dir_okay=False), help="Write the seconds of every round to this file.")
 @click.option("--imports/--no-imports", default=True, show_default=True, help="Time `import ksag` against `import torch`, too.")
 @torch.inference_mode()
-def main(device: str, batch_size: int, size: int, rounds: int, imports: bool) -> None:
+def main(device: str, batch_size: int, size: int, rounds: int, raw: str | None, imports: bool) -> None:
     where = torch.device(device)
     torch.manual_seed(0)
     denoiser = zoo.load(device=where)
@@ -82,6 +85,10 @@ def main(device: str, batch_size: int, size: int, rounds: int, imports: bool) ->
         memory = f"{peaks[name] / 2**20:.1f} MiB" if name in peaks else ""
         over_plain = ratio(times[name], times[PLAIN])
         click.echo(f"| {name} | {statistics.median(times[name]) * 1e3:.1f} ms | {over_floor} | {over_plain} | {memory} |")
+    if raw is not None:
+        made = {"processor": processor, "torch": torch.__version__, "batch_size": batch_size, "size": size}
+        rounded = {name: [round(second, 5) for second in of_step] for name, of_step in times.items()}
+        Path(raw).write_text(json.dumps({**made, "peak_bytes": peaks, "seconds": rounded}, indent=1) + "\n")
     if imports:
         pairs = [(import_seconds("torch"), import_seconds("ksag")) for _ in trange(7, desc="imports")]
         extra = statistics.median(ksag_ - torch_ for torch_, ksag_ in pairs)
