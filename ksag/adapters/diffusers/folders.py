@@ -173,6 +173,8 @@ def _transformers_model(part: Any, config: dict[str, Any], tensors: dict[str, Te
     """transformers itself renames tensors of older versions, ties weights and ignores superfluous ones."""
     # other entries of a config can make transformers load code, pickles and other models
     known = part.config_class().to_dict().keys() & config.keys()
+    # transformers 4 leaves 8 bits as they are; bfloat16 holds them exactly
+    tensors = {name: t.bfloat16() if t.is_floating_point() and t.itemsize == 1 else t for name, t in tensors.items()}
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)  # no report of tensors that do not fit: ksag's error names them

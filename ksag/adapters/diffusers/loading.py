@@ -141,8 +141,9 @@ def _from_file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Any
 
 
 def _family(pipeline: str) -> str:
-    """Pipelines of the same family have the same parts; "" is Stable Diffusion 1.x and 2.x."""
-    return re.findall("StableDiffusionXL|StableDiffusion3|Flux|$", pipeline)[0]
+    """Pipelines of the same family have the same parts."""
+    families = "StableDiffusionXL", "StableDiffusion3", "Flux"
+    return next((family for family in families if pipeline.startswith(family)), "StableDiffusion")
 
 
 def _configs(path: Path, config: str | Path | None, header: Header) -> Path:
