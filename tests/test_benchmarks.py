@@ -8,6 +8,8 @@ import pytest
 import quality_table
 from quality_plan import methods_of, plain_at
 
+import ksag
+from ksag import zoo
 from tests.emoji_packages import ROOT
 
 RUN = json.loads((ROOT / "benchmarks/gpu.json").read_text())
@@ -159,3 +161,19 @@ def test_the_picture_shows_what_the_page_says():
 
 def test_every_guided_row_was_measured_without_broken_samples():
     assert sum(result["not_finite"] for result in RESULTS.values()) == 0
+
+
+def test_the_recommended_settings_are_those_that_were_chosen():
+    def as_chosen(direction):
+        layers = [layer.removeprefix("inner_model.u_net.") for layer in direction.layers]
+        chosen = {"scale": direction.scale, "sigma_range": list(direction.sigma_range), "attention": layers}
+        return direction.name, chosen | ({"blur_sigma": direction.blur_sigma} if direction.name == "SAG" else {})
+
+    def stored(method):
+        for name, settings in CHOICE["emoji"]["methods"][method]["directions"]:
+            layers = dict(settings)["attention"]
+            yield name, dict(settings) | {"attention": [layers] if isinstance(layers, str) else layers}
+
+    alone = {name.replace("sag_scale", "scale"): value for name, value in zoo.SETTINGS.items()}
+    assert [as_chosen(ksag.SAG(**alone))] == list(stored("SAG"))
+    assert [as_chosen(direction) for direction in zoo.directions()] == list(stored("SAG + PAG"))
