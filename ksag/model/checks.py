@@ -73,7 +73,7 @@ def for_each_sample(name: str, value: float | Tensor, x: Tensor) -> float | Tens
 
 def rule(cfg_rule: Any, inner_model: nn.Module) -> None:
     """Asks a rule that depends on the kind of model whether it fits."""
-    if check := getattr(cfg_rule, "check_model", None):
+    if (check := getattr(cfg_rule, "check_model", None)) is not None:
         check(inner_model)
 
 
