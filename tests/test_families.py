@@ -53,7 +53,7 @@ def as_tensors(output):
 
 WHOLE = ("any other", "k-diffusion", "diffusers")
 """Of the others, only the layer is compiled, which takes less time."""
-BREAKS = ["k-diffusion transformer v1", *(["any other"] if torch.__version__.startswith("2.10.") else [])]
+BREAKS = ["k-diffusion transformer v1", *(["any other", "lucidrains, flash"] if torch.__version__.startswith("2.10.") else [])]
 """They break the graph inside the layer: where it looks for flash_attn, or where this PyTorch meets a TorchFunctionMode."""
 
 

@@ -11,7 +11,7 @@ from ksag.attention.families.family import resolve
 
 def described_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Which arguments a layer is given, and which options in a mapping among them."""
-    given = (*enumerate(args), *sorted(kwargs.items()))
+    given = (*enumerate(args), *((name, kwargs[name]) for name in sorted(kwargs)))
     return tuple((name, tuple(map(str, value)) if isinstance(value, Mapping) else "") for name, value in given if value is not None)
 
 
