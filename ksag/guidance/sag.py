@@ -62,7 +62,7 @@ def self_attention_guidance(
     """
     mask = attention_mask(saliency, mask_threshold, u.shape[2:])
     d = degrade(u, mask, blur_sigma, blur_kernel_size)
-    r = denoise(d + (x - u))
+    r = denoise((d + (x - u)).to(x.dtype))
     return Guidance(mask.float(), d, r)
 
 
