@@ -167,7 +167,7 @@ class GuidedDenoiser(nn.Module):
     ) -> tuple[list[Tensor], Found]:
         """The predictions for the parts, and the saliency that the plans need of the first."""
         reads = list(dict.fromkeys(tap for plan in plans for tap in plan.reads))
-        keep = len(plans) > 1  # one of them may ask the model again, which may overwrite what the others need
+        keep = len(plans) > 1 or bool(self._traces.get())  # a plan may ask the model again, which may overwrite what others need
         return self._passes(
             self.inner_model, parts, sigma, kwargs,
             cond_key=self.cond_key, batched=self.batch_cond, shared=self.shared_kwargs, reads=reads, keep=keep,

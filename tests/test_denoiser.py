@@ -168,8 +168,8 @@ def test_batch_cond_false_and_unequal_shapes_take_two_passes(denoiser):
     assert count.batches == [2, 2, 2]
 
 
-@pytest.mark.parametrize("batch_cond", [True, False])
-def test_a_model_that_returns_one_buffer_every_time(denoiser, batch_cond):
+@pytest.mark.parametrize(("batch_cond", "alone"), [(True, False), (False, False), (True, True)])
+def test_a_model_that_returns_one_buffer_every_time(denoiser, batch_cond, alone):
     class Reuses(nn.Module):  # as a model does that was compiled with mode="reduce-overhead"
         def __init__(self):
             super().__init__()
@@ -180,7 +180,7 @@ def test_a_model_that_returns_one_buffer_every_time(denoiser, batch_cond):
             return self.buffers_by_shape.setdefault(x.shape, torch.empty_like(denoised)).copy_(denoised)
 
     x, sigma, cond, uncond = inputs()
-    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    args = {"cond": cond} if alone else {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
     with wrap(denoiser, batch_cond=batch_cond) as plain, plain.trace() as expected_steps:
         expected = plain(x, sigma, **args)
     guided = wrap(Reuses(), batch_cond=batch_cond)
@@ -234,6 +234,19 @@ def test_dtype_of_the_result_is_the_models(denoiser, dtype):
     x, sigma, cond, uncond = (t.to(dtype) for t in inputs())
     result = wrap(denoiser.to(dtype))(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0)
     assert result.dtype == dtype and result.isfinite().all()
+
+
+def test_a_model_in_half_precision_that_answers_in_float32_is_always_given_its_own(denoiser):
+    class Answers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner_model = denoiser.bfloat16()
+
+        def forward(self, x, sigma, **kwargs):
+            return self.inner_model(x, sigma, **kwargs).float()  # raises an error for x in float32
+
+    x, sigma, cond, uncond = (t.bfloat16() for t in inputs())
+    assert wrap(Answers())(x, sigma, cond=cond, uncond=uncond, cond_scale=2.0).dtype == torch.float32
 
 
 def test_autocast_around_the_call(denoiser):
