@@ -88,6 +88,11 @@ def test_unequal_tokens_are_not_joinable_but_valid():
     assert not joinable(nested(0.0, 77), nested(1.0, 154)) and not joinable(nested(0.0), nested(1.0), nested(1.0, 154))
 
 
+def test_the_order_of_keys_does_not_matter():
+    a, b = torch.zeros(2, 3), torch.zeros(2, 5)
+    assert joinable({"a": a, "b": b}, {"b": b, "a": a}) and not joinable({"a": a, "b": b}, {"b": a, "a": b})
+
+
 @pytest.mark.parametrize(
     ("uncond", "cond", "message"),
     [

@@ -81,7 +81,7 @@ def joinable(*parts: Conditioning) -> bool:
     >>> joinable(torch.zeros(1, 77, 768), torch.zeros(1, 154, 768))
     False
     """
-    shapes = [[leaf.shape[1:] for _, leaf in leaves(part) if isinstance(leaf, Tensor)] for part in parts]
+    shapes = [{place: leaf.shape[1:] for place, leaf in leaves(part) if isinstance(leaf, Tensor)} for part in parts]
     return all(shape == shapes[0] for shape in shapes)
 
 
