@@ -52,12 +52,9 @@ class AttentionTap:
         RuntimeError: a module around or inside the layer was compiled before.
     """
 
-    is_copy = False
-    """Whether it came along with a copy of the model that it is hooked to. Such a tap does nothing."""
-
     def __init__(self, inner_model: nn.Module, attention: str | nn.Module = "middle", check: bool = True):
         self.path, self.layer, self.family = find_attention(inner_model, attention)
-        self.root, self.check = inner_model, check
+        self.root = inner_model
         self.grid: Grid | None = None
         self.checker = Checker(self.path, self.layer, self.family, check)
         self._hint = hint(inner_model, self.path)

@@ -35,10 +35,6 @@ def _is_torch(layer: Any) -> bool:
     return type(layer).__module__.startswith("torch.nn.")
 
 
-def _has_segments(layer: Any) -> bool:
-    return type(layer).__name__ in ("MochiAttention", "QwenImage21Attention")
-
-
 def _mixes_sequences(layer: Any) -> bool:
     return hasattr(layer, "processor") and getattr(layer, "added_kv_proj_dim", None) is not None
 

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ksag.attention.families.family import Attention, Grid, Tokens
+from ksag.attention.families.family import Attention, Grid
 
 
 class Call(NamedTuple):
@@ -65,14 +65,13 @@ class WatchSDPA(TorchFunctionMode):
         return output
 
 
-def read(call: Call, batch: int | None, spatial: Grid | None, tokens: Tokens = "all") -> Attention:
+def read(call: Call, batch: int | None, spatial: Grid | None) -> Attention:
     """What one call attends with. Its tokens may be the pixels of the nearest spatial input, or square patches of them.
 
     Args:
         call: its tensors are (b, heads, tokens, dim) or (b heads, tokens, dim); keys and values may be grouped.
         batch: b of the nearest spatial input, if there was one.
         spatial: its sides.
-        tokens: which of the tokens are the image's.
 
     Raises:
         ValueError: another shape.
@@ -94,8 +93,8 @@ def read(call: Call, batch: int | None, spatial: Grid | None, tokens: Tokens = "
             f"(b, heads, tokens, dim), of the {batch} samples that the model was given"
         )
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    grid = patches(spatial, q.shape[2]) if spatial and tokens == "all" else None
-    return Attention(q, k, v, scale, grid, tokens, _mask(call, q, k))
+    grid = patches(spatial, q.shape[2]) if spatial else None
+    return Attention(q, k, v, scale, grid, mask=_mask(call, q, k))
 
 
 def _mask(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
