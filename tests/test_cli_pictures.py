@@ -1,11 +1,13 @@
 """Does `ksag sample --pipeline` start from a picture, and keep what its mask leaves out?"""
 
+import click
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from ksag.adapters import diffusers
+from ksag.commands import inputs
 from tests import diffusers_pipelines
 from tests.commands import invoke, pixels, text
 
@@ -135,6 +137,17 @@ def test_the_concat_of_an_inpainting_unet_is_diffusers_own(saved, picture):
 def test_few_steps_of_a_picture_are_refused(sample, picture, tmp_path):
     args = ["--prompt", "a", "--image", picture[0], "--strength", 0.3, "--out", tmp_path / "x.png"]
     assert "leaves 1 of 3 steps" in sample("1.x", *args, code=2)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut off", "huge"])
+def test_what_is_no_picture_is_named(picture, tmp_path, monkeypatch, damage):
+    content = picture[0].read_bytes()
+    damaged = {"text": b"a cat", "cut off": content[: len(content) // 2], "huge": content}[damage]
+    (tmp_path / "bad.png").write_bytes(damaged)
+    if damage == "huge":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(click.UsageError, match=r"bad\.png is damaged, too large, or not a picture: "):
+        inputs.picture(tmp_path / "bad.png", "RGB")
 
 
 def test_a_mask_of_another_size_is_refused(sample, picture, tmp_path):

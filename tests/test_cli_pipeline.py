@@ -203,11 +203,8 @@ def test_a_pipeline_without_text_encoder_is_one_clear_line(saved, tmp_path):
     assert "Error: Expected a Stable Diffusion 1.x, 2.x or XL pipeline, with CLIP text encoders" in output
 
 
-def test_what_is_no_picture_and_no_pipeline(sample, tmp_path):
+def test_what_holds_no_prompt_and_no_pipeline(sample, tmp_path):
     (tmp_path / "x.txt").write_text("")
-    assert "cannot identify image file" in sample(
-        "1.x", "--prompt", "a", "--image", tmp_path / "x.txt", "--out", tmp_path / "x.png", code=1
-    )
     assert "holds no prompt" in sample("1.x", "--prompts", tmp_path / "x.txt", "--out", tmp_path / "x.png", code=2)
     (tmp_path / "empty").mkdir()
     for source in tmp_path / "empty", tmp_path / "nowhere.safetensors":

@@ -26,7 +26,10 @@ def prompts(prompt: Sequence[str], file: Path | None) -> list[str]:
 
 def picture(path: Path, mode: str) -> Image.Image:
     """The picture in the file, upright."""
-    return ImageOps.exif_transpose(Image.open(path)).convert(mode)
+    try:
+        return ImageOps.exif_transpose(Image.open(path)).convert(mode)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's for a damaged PNG is a SyntaxError
+        raise click.UsageError(f"{path} is damaged, too large, or not a picture: {error}") from error
 
 
 def picture_and_mask(image: Path | None, mask: Path | None) -> tuple[Image.Image | None, Image.Image | None]:
