@@ -268,6 +268,16 @@ def test_a_run_goes_on_from_call_to_call(denoiser, momentum):
     assert relative(after, alone.double()) > 1e-3
 
 
+def test_a_setting_that_is_changed_between_two_calls_counts(denoiser):
+    x, sigma, cond, uncond = inputs()
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 4.0}
+    guided = ksag.SAGDenoiser(denoiser, 0.0, cfg_rule=cfg.apg(eta=0.0))
+    guided(x, sigma, **args)
+    guided.cfg_rule.eta = 1.0
+    expected = ksag.SAGDenoiser(denoiser, 0.0, cfg_rule=cfg.apg(eta=1.0))(x, sigma, **args)
+    assert torch.equal(guided(x, sigma, **args), expected)
+
+
 def test_reset_begins_a_run(denoiser, momentum):
     assert torch.equal(*two_calls(denoiser, momentum, lambda guided: guided.reset()))
 

@@ -124,14 +124,16 @@ class RunState:
     def __init__(self, directions: Sequence[Any]) -> None:
         self.tracks = [Track(direction.form) for direction in directions]
         self._rules: tuple[Any, Any] = (None, None)
+        self._rule_settings: list[Any] = []
         self._sigma: float | None = None
 
     def rule(self, rule: Any) -> Any:
         """The run's own copy of a `cfg_rule` that keeps something between calls, which is one with a `reset` method."""
         if not hasattr(rule, "reset"):
             return rule
-        if self._rules[0] is not rule:
-            self._rules = rule, copy.deepcopy(rule)
+        settings = list(getattr(rule, "__dict__", {}).values())
+        if self._rules[0] is not rule or list(map(id, settings)) != list(map(id, self._rule_settings)):
+            self._rules, self._rule_settings = (rule, copy.deepcopy(rule)), settings
             self._rules[1].reset()
         return self._rules[1]
 
