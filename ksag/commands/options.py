@@ -29,7 +29,7 @@ def device(value: str) -> torch.device:
     except RuntimeError as error:
         raise click.BadParameter(f"{value!r} is not a device of PyTorch.") from error
     # counted, because a tensor for a trial would make every process take memory of the first GPU
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(found.type, 1)
+    count = getattr(getattr(torch, found.type, None), "device_count", lambda: 0)()
     if (found.index or 0) >= count:
         raise click.BadParameter(f"{value!r} cannot be used here: PyTorch sees {count} devices of this kind.")
     return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
