@@ -457,6 +457,9 @@ def test_too_little_memory_is_an_error_that_says_what_takes_less(sample, monkeyp
     monkeypatch.setattr(K.layers.Denoiser, "forward", failing_with(torch.OutOfMemoryError(tried)))
     output = sample("--out", "never.png", code=1)
     assert "CUDA out of memory" in output and "--batch-size" in output and "--offload" in output
+    on_cpu = "[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"
+    monkeypatch.setattr(K.layers.Denoiser, "forward", failing_with(RuntimeError(on_cpu)))
+    assert "Error: can't allocate memory: you tried to allocate 9 bytes. A smaller" in sample("--out", "never.png", code=1)
 
 
 def test_what_ksag_finds_wrong_while_the_model_runs_is_one_line(sample, monkeypatch):

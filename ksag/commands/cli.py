@@ -34,11 +34,13 @@ class Commands(click.Group):
         except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
         except (RuntimeError, TypeError) as error:
-            if type(error).__name__ == "OutOfMemoryError":  # PyTorch's; importing it here would slow down --help
+            on_cpu = "DefaultCPUAllocator: "
+            # PyTorch's, for a GPU or a CPU; importing the first one here would slow down --help
+            if type(error).__name__ == "OutOfMemoryError" or on_cpu in str(error):
                 hint = (
                     "A smaller --batch-size or --size takes less memory, and so do --no-batch-cond, --dtype float16, and --offload."
                 )
-                raise click.ClickException(f"{str(error).partition('. ')[0]}. {hint}") from error
+                raise click.ClickException(f"{str(error).rpartition(on_cpu)[2].partition('. ')[0]}. {hint}") from error
             if is_ours(error):
                 raise click.ClickException(str(error)) from error
             raise
