@@ -385,6 +385,7 @@ def test_bad_input_is_one_clear_line(tmp_path, sample, args, message):
 def test_bad_words_for_the_bundled_model(tmp_path):
     assert "Give --category and --style" in bundled("--classes", "cat", "--out", tmp_path / "x.png", code=2)
     assert "'fod' is none of Smileys & Emotion, " in bundled("--category", "fod", "--out", tmp_path / "x.png", code=2)
+    assert "--style: '' is several of " in bundled("--style", "", "--out", tmp_path / "x.png", code=2)
 
 
 def test_bad_weights(tmp_path):

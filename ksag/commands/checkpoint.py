@@ -74,7 +74,7 @@ class Checkpoint(Model):
             if classes is not None:
                 raise click.UsageError(f"--classes: {path.name} has categories and styles. Give --category and --style.")
             self.known = [dataset["categories"], dataset["styles"]]
-            styles = chosen("--style", style or "any", dataset["styles"])
+            styles = chosen("--style", "any" if style is None else style, dataset["styles"])
             both = itertools.product(styles, chosen("--category", category, dataset["categories"]))
             self.words: list[Words] = [(c, s) for s, c in both]
         else:
