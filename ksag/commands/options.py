@@ -42,7 +42,9 @@ def rule(value: str) -> cfg.Rule:
         raise click.BadParameter(f"{value!r} is not one of {', '.join(RULES)}.")
     try:
         return RULES[name](*(float(number) for number in numbers.split(",") if numbers))
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        raise click.BadParameter(f"{value!r} has too many numbers.") from error
+    except ValueError as error:
         raise click.BadParameter(f"{value!r}: {error}") from error
 
 
