@@ -6,6 +6,7 @@ the saliency is another, and no word is said.
 
 import functools
 import math
+import threading
 
 import k_diffusion as K
 import pytest
@@ -189,6 +190,23 @@ def test_a_mask_through_sdpa_is_read_right():
     tap = AttentionTap(model)
     for _ in range(2):
         assert is_right(record(tap, run), applied)
+
+
+def test_a_mask_is_read_right_while_another_thread_runs_the_layer_without_one():
+    model, layer = unet(AttnProcessor2_0())
+    masked, plain = functools.partial(masked_call, model, X), functools.partial(diffusers_call, model, X)
+    applied = applied_saliency(layer, masked, 2)
+    tap = AttentionTap(model)
+    record(tap, masked)
+    main, other = threading.current_thread(), threading.Thread(target=record, args=(tap, plain))
+
+    def in_between(*_):
+        if threading.current_thread() is main:
+            other.start()
+            other.join()
+
+    layer.to_v.register_forward_hook(in_between)
+    assert is_right(record(tap, masked), applied)
 
 
 @pytest.mark.parametrize("kind", ["boolean", "added"])

@@ -204,7 +204,8 @@ class AttentionTap:
         visit.started = True
         if not torch.compiler.is_dynamo_compiling():
             visit.checking = self.checker.begin(self._parts(), arguments)
-        if visit.checking or self.checker.through_sdpa:
+        visit.through_sdpa = self.checker.through_sdpa
+        if visit.checking or visit.through_sdpa:
             at_call = functools.partial(self._see_call, visit) if self.checker.only_sdpa else None
             visit.watch = sdpa.WatchSDPA(at_call)
             visit.watch.__enter__()
@@ -244,7 +245,7 @@ class AttentionTap:
             return None
         family = self.family
         assert family is not None and family.read is not None
-        read = self._read_call(visit) if self.checker.through_sdpa else family.read(self.layer, visit.seen)
+        read = self._read_call(visit) if visit.through_sdpa else family.read(self.layer, visit.seen)
         if read is None:
             idle = [name for name in self._sources if name not in (*visit.seen, family.projection)]
             visit.unread = f"It attended without its submodules {', '.join(idle)}, by which it is read."

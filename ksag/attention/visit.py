@@ -60,6 +60,8 @@ class Visit:
         """What its submodules have returned or been given since."""
         self.checking = False
         """Whether that is checked against what the layer applied."""
+        self.through_sdpa = False
+        """The checker's, as the layer began: another thread may run the layer in another way meanwhile."""
         self.kept: list[tuple[Tensor, Tensor]] = []
         """For the check: each tensor seen as it was then, and as it is now."""
         self.unread = ""
