@@ -135,6 +135,12 @@ def test_other_settings_in_the_same_folder_are_refused(sample, tmp_path):
     assert unchanged(tmp_path / "a") == before
 
 
+def test_an_empty_setting_differs_from_none(tmp_path):
+    match = "Negative prompt is not set there, empty here"
+    with Folder(tmp_path, {"Negative prompt": None}), pytest.raises(ValueError, match=match):
+        Folder(tmp_path, {"Negative prompt": ""})
+
+
 def test_another_model_of_the_same_name_is_refused(sample, weights, tmp_path):
     sample("--n", 1, "--out", tmp_path / "a")
     save_small_model(weights, classes=("bird", "cat", "eel"))

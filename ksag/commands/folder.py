@@ -125,5 +125,6 @@ def _check_same(path: Path, text: str, here: Mapping[str, Any]) -> None:
 
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:
-    shown = str(settings.get(name, "not set"))
+    value = settings.get(name)
+    shown = "not set" if value is None else str(value) or "empty"
     return shown if len(shown) <= 100 else f"{shown[:97]}..."
