@@ -16,6 +16,8 @@ from ksag.evaluate.features import EXTRACTORS, Extractor
 
 FEW = 1000
 """Below this many pictures, FD is mostly bias: 474 of the training pictures have an FD of 6.6 from the rest."""
+FEWEST = 4
+"""A picture and its third neighbour, see `ksag.evaluate.measure`."""
 
 
 def report(results: list[dict[str, Any]]) -> str:
@@ -69,6 +71,9 @@ def command(
             raise click.UsageError("--reference is missing: only the bundled features have a bundled reference.")
         reference = evaluate.STATISTICS
     counts = {folder: len(evaluate.pictures_in(folder)) for folder in folders}  # an error now, not after the first folders
+    for folder, n in counts.items():
+        if n < FEWEST:
+            raise click.UsageError(f"{folder} has {n} pictures: precision and recall need {FEWEST} or more.")
     for path in (json_path, save_statistics):
         if path is not None and not path.parent.is_dir():
             raise click.UsageError(f"{path} cannot be written: there is no folder {path.parent}.")
