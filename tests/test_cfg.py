@@ -478,6 +478,18 @@ def test_a_rule_that_returns_no_latent_is_a_clear_error(denoiser, returned, sag_
         guided(x, sigma, cond=cond, uncond=uncond, cond_scale=4.0)
 
 
+def test_rescale_finds_a_flow_matching_model_inside_a_wrapper():
+    class Around(nn.Module):
+        def __init__(self, inner_model):
+            super().__init__()
+            self.inner_model = inner_model
+
+    model = Around(Around(ksag.FlowDenoiser(nn.Identity())))
+    cfg.rescale(flow=True).check_model(model)
+    with pytest.raises(ValueError, match="flow=True"):
+        cfg.rescale().check_model(model)
+
+
 def test_the_class_in_place_of_a_rule_is_a_clear_error(denoiser):
     with pytest.raises((TypeError, ValueError), match=r"cfg_rule.*apg"):
         ksag.SAGDenoiser(denoiser, cfg_rule=cfg.apg)

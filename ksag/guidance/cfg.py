@@ -67,6 +67,8 @@ class rescale:
 
     def check_model(self, inner_model: Any) -> None:
         """Raises a ValueError if `flow` does not fit the model."""
+        while not hasattr(inner_model, "is_flow") and hasattr(inner_model, "inner_model"):
+            inner_model = inner_model.inner_model  # of a wrapper around a denoiser
         if getattr(inner_model, "is_flow", False) != self.flow:
             kind = "a flow matching model" if not self.flow else "no flow matching model"
             raise ValueError(f"inner_model is {kind}: use cfg_rule=ksag.cfg.rescale({self.phi}, flow={not self.flow}).")
