@@ -420,6 +420,15 @@ def test_a_direction_that_returns_no_latent_is_a_clear_error(returned):
         run(ksag.GuidedDenoiser(tiny(), Wrong(1.0, LAYERS[0])))
 
 
+def test_a_direction_without_the_layers_or_modules_that_it_changes_is_a_clear_error():
+    class SkipNothing(SkipBlock):
+        __init__ = ksag.Direction.__init__
+
+    for direction, setting in (PerturbTokens(0.6), "attention"), (SkipNothing(0.6), "modules"):
+        with ksag.GuidedDenoiser(tiny(), direction) as guided, pytest.raises(ValueError, match=f"give it {setting}="):
+            run(guided)
+
+
 def test_the_documents_have_the_direction_of_these_tests():
     root = Path(__file__).parents[1]
     [quoted] = re.findall(

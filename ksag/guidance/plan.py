@@ -58,6 +58,9 @@ class Plan:
 
     def _part(self, ask: Ask) -> Part:
         attention, modules = self.taps
+        for name, formula, where in ("attention", ask.attention, attention), ("modules", ask.output, modules):
+            if formula is not None and not where:
+                raise ValueError(f"{self.direction.name} has nothing to change in the model: give it {name}= when it is made.")
         edits: list[tuple[Any, Any]] = [(tap, ask.attention) for tap in attention if ask.attention is not None]
         edits += [(tap, ask.output) for tap in modules if ask.output is not None]
         return Part(ask.x, ask.cond, tuple(edits))
