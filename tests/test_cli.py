@@ -103,6 +103,13 @@ def test_a_demo_does_not_replace_the_last_one(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ksag-demo-2.png", "ksag-demo.png"]
 
 
+@pytest.mark.parametrize(("steps", "is_idle"), [(3, True), (4, False)])
+def test_the_demo_says_that_its_guidance_acts_at_no_step(tmp_path, monkeypatch, steps, is_idle):
+    monkeypatch.setattr("ksag.commands.demo.latents", lambda *_, **__: torch.zeros(1, 3, 64, 64))
+    output = invoke("demo", "--n", 1, "--steps", steps, "--device", "cpu", "--out", tmp_path / "demo.png")
+    assert ("SAG acts at no step" in output) == ("PAG acts at no step" in output) == is_idle
+
+
 @pytest.mark.parametrize("out", ["folder", "new"])
 def test_demo_into_a_folder_is_refused_before_sampling(tmp_path, monkeypatch, out):
     (tmp_path / "folder").mkdir()
@@ -154,7 +161,8 @@ def test_the_bundled_model_has_its_recommended_combination_unless_a_scale_is_giv
 
 
 def test_steps_that_step_over_the_sigma_range_are_said(tmp_path, sample):
-    said = "{} acts at no step. Its sigma range is 1 to 12, and the steps begin at 80, 0.01. Give more --steps, or another {}."
+    said = "{} acts at no step. Its sigma range is 1 to 12, and the steps begin at 80, 0.01. Give more --steps, or "
+    said += "`ksag sample` another {}."
     sag, pag = (said.format("SAG", "--sigma-range"), said.format("PAG", "--pag-sigma-range"))
     output = sample("--sigma-range", 1, 12, "--pag-scale", 1, "--pag-sigma-range", 1, 12, "--out", tmp_path / "x.png")
     assert sag in output and pag in output

@@ -17,7 +17,7 @@ from ksag.commands.infotext import infotext, sampling_fields, text
 from ksag.commands.model import for_seed
 from ksag.commands.open import CATEGORY, STYLE, open_model
 from ksag.commands.options import sampling_options
-from ksag.commands.sampling import Sampling
+from ksag.commands.sampling import Sampling, warn_if_idle
 
 
 def latents(sampling: Sampling, seeds: Sequence[int], **scales: float) -> Tensor:
@@ -64,6 +64,8 @@ def command(out: Path | None, n: int, seed: int, sampler: str, steps: int, devic
     }
     model = open_model(options, device, torch.float32)
     seeds, sigmas = range(seed, seed + n), model.sigmas(steps, "model")
+    if sampler != "dpm_adaptive":
+        warn_if_idle(sigmas, directions)
     total = len(rows) * steps * (n if device.type == "cpu" else 1)
     made, times = [], []
     with (

@@ -75,7 +75,7 @@ def warn_if_idle(sigmas: Tensor, directions: Sequence[Direction]) -> None:
             flag = "--sigma-range" if direction.name == "SAG" else f"--{direction.name.lower()}-sigma-range"
             click.echo(
                 f"Warning: {direction.name} acts at no step. Its sigma range is {low:g} to {high:g}, and the steps begin at "
-                f"{shown}. Give more --steps, or another {flag}.",
+                f"{shown}. Give more --steps, or `ksag sample` another {flag}.",
                 err=True,
             )
 
