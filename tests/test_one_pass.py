@@ -434,6 +434,12 @@ def test_half_precision_holds_the_sums_of_what_two_calls_have_in_common():
     assert overlap(delta, delta) == 1 and overlap(delta, delta / 2) == 0.5 and overlap(delta, -delta) == 0
 
 
+def test_a_direction_is_kept_between_noise_levels_in_integers():
+    memory = Memory()
+    memory.keep(torch.tensor([4]), torch.ones(1, 1, 1, 1))
+    assert memory.last(torch.tensor([2]), torch.zeros(1, 1, 1, 1), with_sigma=True).item() == 0.5
+
+
 def test_a_direction_kept_at_sigma_zero_stays_finite():
     run = Memory()
     for sigma in 0.0, 1.0:

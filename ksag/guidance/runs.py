@@ -62,7 +62,7 @@ class Memory:
             return torch.zeros_like(like)
         goes_on, value = (sigma <= kept.limit) & kept.value.flatten(1).isfinite().all(dim=1), kept.value
         if with_sigma:
-            ratio = RISE * sigma / kept.limit.clamp(min=torch.finfo(sigma.dtype).tiny)  # sigma may be 0
+            ratio = RISE * sigma / kept.limit.clamp(min=torch.finfo(kept.limit.dtype).tiny)  # sigma may be 0
             value = value * per_sample(ratio, value).to(value.dtype)
         return torch.where(per_sample(goes_on, value), value, 0)
 
