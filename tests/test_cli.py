@@ -471,6 +471,13 @@ def test_too_little_memory_is_an_error_that_says_what_takes_less(sample, monkeyp
     assert "Error: can't allocate memory: you tried to allocate 9 bytes. A smaller" in sample("--out", "never.png", code=1)
 
 
+@pytest.mark.parametrize("scale", ["--cond-scale", "--sag-scale"])
+def test_a_scale_at_which_the_samples_overflow_is_an_error_not_a_black_picture(sample, tmp_path, scale):
+    output = sample("--n", 2, "--steps", 3, scale, 1e38, "--out", tmp_path / "x.png", code=1)
+    assert "The samples of seeds 0, 1 are infinite or NaN. Give lower scales" in output
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_what_ksag_finds_wrong_while_the_model_runs_is_one_line(sample, monkeypatch):
     monkeypatch.setattr(ksag.attention.visit.Visit, "missing", 1)
     assert "ran for" in sample("--out", "never.png", code=1)

@@ -35,14 +35,18 @@ class Sampling:
     on_step: Callable[[int], Any] = lambda i: None
 
     def latents(self, seeds: Sequence[int], **args: Any) -> Tensor:
-        """(len(seeds), c, h, w); `args` go to every call of `guided`."""
+        """(len(seeds), c, h, w); `args` go to every call of `guided`. Values that are infinite or NaN are a ValueError."""
         model, device = self.model, self.sigmas.device
         # outside, because PyTorch compiles and captures the model under the autocast that its call is under
         with torch.no_grad(), torch.autocast(device.type, model.autocast, enabled=model.autocast != torch.float32):
-            return sample(
+            latents = sample(
                 self.sampler, model.around(self.guided.run()), model.shape, self.sigmas, seeds,
                 {**model.conditioning(seeds), **args}, lambda info: self.on_step(info["i"]), model.start(),
             )  # fmt: skip
+        whole = latents.isfinite().flatten(1).all(dim=1).tolist()
+        if bad := dict.fromkeys(str(seed) for seed, is_finite in zip(seeds, whole, strict=True) if not is_finite):
+            raise ValueError(f"The samples of seeds {', '.join(bad)} are infinite or NaN. Give lower scales, or --dtype float32.")
+        return latents
 
     def pictures(self, seeds: Sequence[int], **args: Any) -> list[Image.Image]:
         images = self.model.pictures(self.latents(seeds, **args))
