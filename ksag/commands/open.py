@@ -21,7 +21,7 @@ def size(value: str) -> tuple[int, int]:
     (512, 768)
     """
     sides = value.lower().split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise click.BadParameter(f"{value!r} is not a size: give WIDTHxHEIGHT in pixels, such as 768x512.")
     return int(sides[1]), int(sides[0])
 

@@ -13,6 +13,7 @@ from ksag.samplers import SAMPLERS
 
 RULES: dict[str, Callable[..., cfg.Rule]] = {"plain": lambda: cfg.plain, "rescale": cfg.rescale, "apg": cfg.apg}
 SCHEDULES = ("model", "karras", "exponential")
+MAX_STEPS = 10**5
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -152,7 +153,7 @@ def sampling_options(sampler: str = "euler", steps: int = 24) -> Callable[[Funct
     def add(command: Function) -> Function:
         for option in reversed((
             click.option("--sampler", type=click.Choice(SAMPLERS), default=sampler, help="Of k-diffusion."),
-            click.option("--steps", type=click.IntRange(2), default=steps,
+            click.option("--steps", type=click.IntRange(2, MAX_STEPS), default=steps,
                          help="Sampling steps; model calls for dpm_fast; dpm_adaptive chooses its own."),
             click.option("--device", type=device, default="auto", help="cpu, cuda, mps, or auto: a GPU if there is one."),
         )):  # fmt: skip
