@@ -163,6 +163,13 @@ def test_clip_skip_counts_as_a1111_does(sample, saved, tmp_path, kind, own):
     assert "--clip-skip 5: the text encoder has 4 layers" in output
 
 
+def test_xl_without_a_negative_prompt_is_told_from_an_empty_one(sample, tmp_path):
+    sample("XL", "--prompt", "a cat", "--out", tmp_path / "none.png")
+    sample("XL", "--prompt", "a cat", "--negative-prompt", "", "--out", tmp_path / "empty.png")
+    assert (pixels(tmp_path / "none.png") - pixels(tmp_path / "empty.png")).abs().max() > 5
+    assert "Uncond: zeros" in text(tmp_path / "none.png") and "Uncond" not in text(tmp_path / "empty.png")
+
+
 def test_every_prompt_and_compare_into_a_folder(sample, tmp_path):
     args = ["--prompt", "a cat", "--prompt", "a dog", "--compare", "--zoom", 2, "--one-pass", "--every", 2]
     sample("XL", *args, "--out", tmp_path / "a")

@@ -93,6 +93,7 @@ class Pipeline(Model):
         self.own_schedule = _own_schedule(self.pipe.scheduler, self.denoiser)
         self.negative_prompt = negative_prompt
         self.cond_scale = COND_SCALES.get(type(network).__name__, 1.0) if cond_scale is None or self.distilled else cond_scale
+        zeros = negative_prompt is None and self.pipe.config.get("force_zeros_for_empty_prompt")
         self.guidance = None
         if getattr(network.config, "guidance_embeds", False):
             self.guidance = GUIDANCE if cond_scale is None else cond_scale
@@ -103,6 +104,7 @@ class Pipeline(Model):
             **({} if self.guidance is None else {"Distilled CFG Scale": f"{self.guidance:g}"}),
             **({"Shift": f"{self.denoiser.shift:.6g}"} if isinstance(self.denoiser, FlowDenoiser) else {}),
             **({"Clip skip": str(clip_skip)} if self.skipped else {}),
+            **({"Uncond": "zeros"} if zeros else {}),
             **({"Denoising strength": str(self.strength), "Init image hash": inputs.file_hash(image)} if image else {}),
             **({"Mask hash": inputs.file_hash(mask)} if mask else {}),
         }
