@@ -29,8 +29,8 @@ from ksag.model.passes import Found, Part, Passes
 from ksag.model.threads import Fixed, PerThread
 
 FIXED = ("directions", "attention", "check_attention")
-OWN = ("_hooks", "_passes", "_runs", "_traces", "_origin")
-"""What a copy of a wrapper does not take over: its hooks, and what it keeps from call to call."""
+OWN = ("_hooks", "_passes", "_runs", "_traces", "_origin", "_compiled_call_impl")
+"""What a copy of a wrapper does not take over: its hooks, what it keeps from call to call, and what its compile() made."""
 
 
 def of_inner_model(name: str) -> Any:
@@ -186,6 +186,7 @@ class GuidedDenoiser(nn.Module):
         """
         run = object.__new__(type(self))
         run.__dict__.update(self.__dict__, _runs=Fixed(RunState(self.directions)), _origin=self)  # the end of it ends the hooks
+        run._compiled_call_impl = None  # which would call this wrapper, and go on with its run
         return run
 
     def reset(self) -> None:

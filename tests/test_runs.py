@@ -67,6 +67,13 @@ def test_interleaved_runs_are_the_runs_alone(form):
     assert relative(disturbed[1], results[1]) > 1e-4
 
 
+def test_a_run_or_a_copy_of_a_wrapper_with_compile_does_not_call_the_wrapper():
+    guided = wrap("PAG")
+    guided.compile(backend=lambda *_: pytest.fail("the wrapper was called"))
+    run_of_it, copied = guided.run(), pickle.loads(pickle.dumps(guided))
+    assert torch.equal(run(run_of_it), run(wrap("PAG"))) and torch.equal(run(copied), run(run_of_it))
+
+
 def test_the_wrapper_itself_goes_on_with_its_own_run_beside_others(form):
     guided = make(form)
     direct, other = interleaved(guided, guided.run())
