@@ -150,6 +150,13 @@ def test_what_is_no_picture_is_named(picture, tmp_path, monkeypatch, damage):
         inputs.picture(tmp_path / "bad.png", "RGB")
 
 
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_a_picture_of_more_than_8_bits_is_refused(tmp_path, mode):
+    Image.new(mode, (8, 8)).save(tmp_path / "deep.tiff")
+    with pytest.raises(click.UsageError, match=r"deep\.tiff has more than 8 bits a channel"):
+        inputs.picture(tmp_path / "deep.tiff", "L")
+
+
 def test_a_mask_of_another_size_is_refused(sample, picture, tmp_path):
     Image.new("L", (32, 32)).save(tmp_path / "mask.png")
     args = ["--prompt", "a", "--image", picture[0], "--mask", tmp_path / "mask.png", "--out", tmp_path / "x.png"]

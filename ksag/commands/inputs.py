@@ -27,7 +27,10 @@ def prompts(prompt: Sequence[str], file: Path | None) -> list[str]:
 def picture(path: Path, mode: str) -> Image.Image:
     """The picture in the file, upright."""
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert(mode)
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow's convert clips these to white or black
+                raise click.UsageError(f"{path} has more than 8 bits a channel: save it with 8.")
+            return ImageOps.exif_transpose(image).convert(mode)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's for a damaged PNG is a SyntaxError
         raise click.UsageError(f"{path} is damaged, too large, or not a picture: {error}") from error
 
