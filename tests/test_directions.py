@@ -378,6 +378,21 @@ def test_settings_of_a_call_are_those_of_the_direction_they_name():
             guided.directions = []
 
 
+def test_a_keyword_may_replace_a_plain_attribute_of_a_users_direction():
+    class Power(ksag.Direction):
+        keywords = {"power": "power"}  # noqa: RUF012
+        power = 1.0
+
+        def direction(self, call, answers):
+            return call.u * call.options["power"]
+
+    (x, args), sigma = latents(), torch.full((2,), 3.0)
+    with ksag.GuidedDenoiser(tiny(), Power()) as guided:
+        once, thrice = guided(x, sigma, **args), guided(x, sigma, power=3.0, **args)
+        u = tiny()(x, sigma, args["uncond"])
+    assert torch.allclose(thrice - once, 2 * u, atol=1e-5)
+
+
 def test_a_keyword_of_no_direction_goes_to_the_model():
     with wrap("PAG") as guided, pytest.raises(TypeError, match="unexpected keyword argument 'sag_scale'"):
         run(guided, sag_scale=0.5)

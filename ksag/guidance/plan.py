@@ -112,7 +112,8 @@ def make_plan(direction: Direction, track: Track, taps: Taps, call: Callable[...
     options = {name: getattr(direction, name) for name in ("scale", *direction.keywords.values())}
     for word, name in direction.keywords.items():
         if word in given:
-            options[name] = getattr(type(direction), name).check(given[word])
+            check = getattr(getattr(type(direction), name, None), "check", None)  # a plain attribute has none
+            options[name] = check(given[word]) if check else given[word]
     if not isinstance(options["scale"], Tensor) and options["scale"] == 0:
         track.clear()
         return None
