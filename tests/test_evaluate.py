@@ -257,9 +257,11 @@ def test_the_command_judges_folders_side_by_side(tmp_path, judged):
 
 
 def test_a_folder_with_too_few_pictures_is_named_before_any_is_judged(tmp_path, judged):
-    result = judged(make_folder(tmp_path / "a", 4), make_folder(tmp_path / "b", 3), "--no-cache", "--device", "cpu")
-    assert result.exit_code == 2 and "b has 3 pictures: precision and recall need 4 or more" in result.output
-    assert "%" not in result.output  # no progress
+    a, b = make_folder(tmp_path / "a", 4), make_folder(tmp_path / "b", 3)
+    for args in (a, b), (a, "--reference", b):
+        result = judged(*args, "--no-cache", "--device", "cpu")
+        assert result.exit_code == 2 and "b has 3 pictures: precision and recall need 4 or more" in result.output
+        assert "%" not in result.output  # no progress
 
 
 def test_the_table_has_a_row_for_each_folder():

@@ -71,7 +71,8 @@ def command(
             raise click.UsageError("--reference is missing: only the bundled features have a bundled reference.")
         reference = evaluate.STATISTICS
     counts = {folder: len(evaluate.pictures_in(folder)) for folder in folders}  # an error now, not after the first folders
-    for folder, n in counts.items():
+    references = {reference: len(evaluate.pictures_in(reference))} if reference.is_dir() else {}
+    for folder, n in (counts | references).items():
         if n < FEWEST:
             raise click.UsageError(f"{folder} has {n} pictures: precision and recall need {FEWEST} or more.")
     for path in (json_path, save_statistics):
