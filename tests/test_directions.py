@@ -9,7 +9,6 @@ import k_diffusion as K
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import ksag
 from ksag.attention.tap import AttentionTap
@@ -443,26 +442,6 @@ def test_a_direction_without_the_layers_or_modules_that_it_changes_is_a_clear_er
     for direction, setting in (PerturbTokens(0.6), "attention"), (SkipNothing(0.6), "modules"):
         with ksag.GuidedDenoiser(tiny(), direction) as guided, pytest.raises(ValueError, match=f"give it {setting}="):
             run(guided)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradients_through_a_checkpoint_around_a_changed_layer_are_an_error(use_reentrant):
-    class Checkpointed(Tiny):
-        def forward(self, x, sigma, cond=None):
-            return checkpoint(super().forward, x, sigma, cond, use_reentrant=use_reentrant)
-
-    x, args = latents()
-    x.requires_grad_()
-    sigma = torch.full((2,), 3.0)
-    model = randomise(Checkpointed())
-    with wrap("PAG", model) as guided:
-        with pytest.raises(RuntimeError, match=r"gradient checkpoint.*close\(\)"):
-            guided(x, sigma, **args).sum().backward()
-        with torch.no_grad():
-            guided(x, sigma, **args)
-    with wrap("SAG", model) as guided:
-        guided(x, sigma, **args).sum().backward()
-        assert x.grad.isfinite().all()
 
 
 def test_the_documents_have_the_direction_of_these_tests():

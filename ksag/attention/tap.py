@@ -59,7 +59,6 @@ class AttentionTap:
         self.checker = Checker(self.path, self.layer, self.family, check)
         self._hint = hint(inner_model, self.path)
         self._visit: PerThread[Visit | None] = PerThread(lambda: None)
-        self._changed_with_gradients = False
         names = self.path.split(".") if self.path else []
         self._around = [inner_model.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
         self._within = [*self._around, *self.layer.modules()]
@@ -146,7 +145,6 @@ class AttentionTap:
         """From now on, what goes through the layer in this thread belongs to the visit."""
         if not torch.compiler.is_dynamo_compiling():
             self._follow_changes()
-            self._changed_with_gradients |= bool(visit.edits) and torch.is_grad_enabled()
         self._visit.set(visit)
 
     def end(self, visit: Visit) -> None:
@@ -199,11 +197,6 @@ class AttentionTap:
             visit.begin_layer()
             if visit.missing > 0:
                 self._start(visit, described_arguments(args, kwargs))
-        elif not torch.compiler.is_dynamo_compiling() and self._changed_with_gradients and torch._C._current_graph_task_id() >= 0:
-            raise RuntimeError(
-                f"A gradient checkpoint runs {self.path!r} again during backward(), without what a direction changed in it, so the "
-                f"gradients would be wrong. Disable gradient checkpointing, or close() the wrapper to train without it."
-            )
 
     def _start(self, visit: Visit, arguments: tuple[Any, ...] | None) -> None:
         """The layer begins to attend; without arguments if something around it calls its parts one by one."""
