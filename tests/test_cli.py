@@ -49,6 +49,7 @@ def bundled(*args, **options):
 # The demo
 
 
+@pytest.mark.slow
 def test_the_demo_is_plain_sag_and_the_combination_from_the_same_noise(bundled, tmp_path, monkeypatch):
     drawn, draw, out = [], picture.demo, tmp_path / "demo.png"
     monkeypatch.setattr(picture, "demo", lambda rows, *words: drawn.append(dict(rows)) or draw(rows, *words))

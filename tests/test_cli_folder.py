@@ -61,6 +61,7 @@ def test_a_seeds_picture_does_not_depend_on_the_others(sample, tmp_path):
     assert (pixels(tmp_path / "a/000003.png") - pixels(tmp_path / "a/000002.png")).abs().mean() > 10
 
 
+@pytest.mark.slow
 def test_dpm_adaptive_whose_steps_are_a_batchs_makes_pictures_one_by_one(sample, tmp_path):
     sample("--n", 2, "--out", tmp_path / "a", "--sampler", "dpm_adaptive", "--sag-scale", 0)
     sample("--n", 1, "--seed", 1, "--out", tmp_path / "b", "--sampler", "dpm_adaptive", "--sag-scale", 0)
@@ -223,6 +224,7 @@ def claim(path, steps, together, results):
     together.wait()
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_agree_on_one_setting(tmp_path):
     fork = multiprocessing.get_context("fork")
     for turn in range(3):

@@ -148,6 +148,7 @@ def test_prompts_of_a_windows_editor(sample, tmp_path):
         assert "prompts.txt: the file is not UTF-8 text. Save it in that encoding" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "own"), [("1.x", 1), ("XL", 2)])
 def test_clip_skip_counts_as_a1111_does(sample, saved, tmp_path, kind, own):
     """What leaves out no layer is the model's own; beyond it, each step is one more, as the library leaves them out."""

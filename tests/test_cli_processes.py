@@ -22,6 +22,7 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_process_that_stops_is_not_one_that_has_finished(capsys):
     store = HashStore()
     main, finished, stopped = (Peers(store, rank, 3) for rank in range(3))

@@ -53,6 +53,7 @@ def test_diffusers(tmp_path):
     assert isinstance(guided.inner_model, DiscreteDenoiser) and guided.inner_model.quantize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tool", "make"),
     [("diffusers, Stable Diffusion 3", flow_pipelines.stable_diffusion_3), ("diffusers, Flux", flow_pipelines.flux)],
@@ -86,6 +87,7 @@ def pixels_of(picture):
     return pil_to_tensor(picture).float()
 
 
+@pytest.mark.slow
 def test_stable_audio_tools():
     """With its transformer, in a stand-in for the model's wrappers, which need more packages."""
     denoiser, cond = stable_audio(), {name: value for name, value in sound(batch=1)[2].items() if "global" not in name}

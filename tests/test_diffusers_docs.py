@@ -58,6 +58,7 @@ def run_example(heading, edit=lambda code: code, **names):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "heading", "changes"),
     [

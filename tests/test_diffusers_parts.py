@@ -49,6 +49,7 @@ def check(pipe, denoiser, latents, cond, uncond, expected):
     assert with_sag.isfinite().all() and relative(with_sag, expected) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 0.4])
 def test_a_controlnet_takes_part(tmp_path, scale):
     pipe = stable_diffusion_with_controlnet(tmp_path)

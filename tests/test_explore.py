@@ -138,6 +138,7 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_control_changes_the_samples_and_the_picture(opened, calls):
     widget = settled(opened(**CHOICES))
     assert set(CHANGES) == set(widget.controls)

@@ -443,9 +443,14 @@ def same(actual, expected):
     return (actual - expected).norm() < 1e-5 * expected.norm()
 
 
+SHARED = ["SAG", "SAG in one pass, PAG and SEG", "a user's own", "no known family"]
+
+
 @pytest.mark.parametrize(
-    ("kind", "checked"), [*((kind, False) for kind in (*forms.FORMS, "no known family")), *((kind, True) for kind in KINDS)]
-)
+    ("kind", "checked"),
+    [*((kind, False) for kind in SHARED), *((kind, True) for kind in KINDS),
+     *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in forms.FORMS if kind not in SHARED)],
+)  # fmt: skip
 def test_threads_that_share_a_wrapper_get_each_its_own_image(kind, checked, hectic):
     """From threads that begin with the wrapper's first call, which checks what is read, or after it."""
     check_threads(wrap(kind), alone(kind), checked)

@@ -364,6 +364,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_pictures_are_large_and_texts_are_whole_and_apart(name):
     figure = FIGURES[name]()

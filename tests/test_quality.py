@@ -64,9 +64,9 @@ def test_a_row_survives_its_file(tmp_path):
     [
         SHORT,
         guided(SAG, cond_scale=1.5),
-        guided(PAG, sampler="heun"),
+        pytest.param(guided(PAG, sampler="heun"), marks=pytest.mark.slow),
         guided((SAG[0], frozen({**dict(SAG[1]), "one_pass": True})), PAG),
-        guided((PAG[0], frozen({**dict(PAG[1]), "every": 2})), steps=4),
+        pytest.param(guided((PAG[0], frozen({**dict(PAG[1]), "every": 2})), steps=4), marks=pytest.mark.slow),
     ],
     ids=["plain", "CFG", "heun", "one pass", "every 2"],
 )
@@ -77,6 +77,7 @@ def test_evaluations_are_counted_as_expected(bench, row):
     assert row.equal.evaluations == pytest.approx(row.evaluations, abs=1)
 
 
+@pytest.mark.slow
 def test_the_network_in_pieces_samples_the_same(bench):
     row = guided(SAG, PAG, n=2, steps=2)
     whole, *_ = bench.sample(row)
@@ -100,6 +101,7 @@ def test_only_blocks_without_hooks_are_compiled(bench, monkeypatch):
     assert {"u_net.d_blocks.3.1", "u_net.d_blocks.3.4.norm_in"} <= compiled and "u_net.d_blocks.3.2.norm_in" not in compiled
 
 
+@pytest.mark.slow
 def test_the_benchmark_goes_on_where_it_was_killed(bench, monkeypatch):
     first = bench.run([SHORT])[SHORT]
     path = bench.out / "quality.jsonl"
