@@ -2,10 +2,12 @@
 
 import json
 import re
+import statistics
 
 import gpu
 import pytest
 import quality_table
+from overhead import FLOORS
 from quality_plan import methods_of, plain_at
 
 import ksag
@@ -161,6 +163,21 @@ def test_the_picture_shows_what_the_page_says():
 
 def test_every_guided_row_was_measured_without_broken_samples():
     assert sum(result["not_finite"] for result in RESULTS.values()) == 0
+
+
+def test_the_performance_page_has_the_overhead_on_a_cpu():
+    times = json.loads((ROOT / "benchmarks/overhead.json").read_text())["seconds"]
+
+    def medians(over, *names):
+        return [f"{statistics.median(a / b for a, b in zip(times[n], times[over or FLOORS[n]], strict=True)):.2f}" for n in names]
+
+    forms = "SAG", "SAG, one_pass", "PAG", "SAG, one_pass + PAG"
+    exact, one, pag, both = medians("", *forms)
+    assert f"are {exact} for SAG, {one} in one pass, {pag} for PAG, and {both} for SAG in one pass with PAG" in flat(
+        "docs/performance.md"
+    )
+    *first, last, third = medians("plain CFG", *forms, "SAG, every=3")
+    assert f"they are {', '.join(first)} and {last}, and {third} for SAG with `every=3`" in flat("docs/performance.md")
 
 
 def test_the_recommended_settings_are_those_that_were_chosen():
