@@ -44,10 +44,10 @@ def gaussian_blur(x: Tensor, sigma: float, kernel_size: int | Sequence[int]) -> 
         # in half precision the rounded weights of a Gaussian would no longer sum to 1
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = F.pad(y, [size // 2 for size in reversed(sizes) for _ in range(2)], mode="reflect")
-        weights = {size: _gaussian(sigma, size, y) for size in dict.fromkeys(sizes) if size > 1}
+        weights = {size: _gaussian(sigma, size, c, y) for size in dict.fromkeys(sizes) if size > 1}
         for axis in reversed(range(dims)):
             if sizes[axis] > 1:
-                kernel = weights[sizes[axis]].expand(c, 1, -1)
+                kernel = weights[sizes[axis]]
                 for _ in range(axis):
                     kernel = kernel.unsqueeze(2)
                 for _ in range(dims - 1 - axis):
@@ -56,10 +56,11 @@ def gaussian_blur(x: Tensor, sigma: float, kernel_size: int | Sequence[int]) -> 
         return y.to(x.dtype)
 
 
-def _gaussian(sigma: float, size: int, like: Tensor) -> Tensor:
+def _gaussian(sigma: float, size: int, channels: int, like: Tensor) -> Tensor:
+    """(channels, 1, size), contiguous: a convolution would copy expanded weights at each call."""
     end = size // 2 / max(sigma, SMALLEST_SIGMA)
-    t = torch.linspace(-end, end, size, device=like.device, dtype=like.dtype)
-    return torch.softmax(t.square() * -0.5, dim=0)
+    t = torch.linspace(-end, end, size, device=like.device, dtype=like.dtype).expand(channels, 1, -1)
+    return torch.softmax(t.square() * -0.5, dim=-1)
 
 
 def degrade(u: Tensor, mask: Tensor, blur_sigma: float, kernel_size: int | Sequence[int]) -> Tensor:

@@ -64,11 +64,14 @@ class Call:
         self.inside = inside
         """Whether the direction acts, or on which samples, (b,)."""
         self._memory = memory
+        self._last: Tensor | None = None
         self.parts: dict[str, Tensor] = {}
 
     def last(self, like: Tensor) -> Tensor:
         """The tensor that this direction passed to `remember` at the run's last call; zeros for samples that begin a run."""
-        return self._memory.last(self.sigma, like)
+        if self._last is None or (self._last.shape, self._last.dtype) != (like.shape, like.dtype):
+            self._last = self._memory.last(self.sigma, like)
+        return self._last
 
     def remember(self, value: Tensor) -> None:
         """Keeps a tensor (b, c, *spatial) for the run's next call."""

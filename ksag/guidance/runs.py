@@ -60,7 +60,8 @@ class Memory:
         kept = self._kept
         if kept is None or (kept.value.shape, kept.value.dtype, kept.value.device) != (like.shape, like.dtype, like.device):
             return torch.zeros_like(like)
-        goes_on, value = (sigma <= kept.limit) & kept.value.flatten(1).isfinite().all(dim=1), kept.value
+        finite = (kept.value.flatten(1) * 0).sum(dim=1) == 0  # as isfinite().all(dim=1), in half as many kernels
+        goes_on, value = (sigma <= kept.limit) & finite, kept.value
         if with_sigma:
             ratio = RISE * sigma / kept.limit.clamp(min=torch.finfo(kept.limit.dtype).tiny)  # sigma may be 0
             value = value * per_sample(ratio, value).to(value.dtype)

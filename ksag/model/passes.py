@@ -77,8 +77,8 @@ class Pass:
 
     def __call__(
         self, sigma: Tensor, latents: Sequence[Tensor], conds: Sequence[Conditioning], kwargs: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The denoised latents, and the saliency that each of `reads` found in the first."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The denoised latents of all parts, and the saliency that each of `reads` found in the first."""
         b, n, dims = sigma.shape[0], len(latents), latents[0].ndim - 2
         x, cond = latents[0], conds[0]
         if n > 1:
@@ -94,7 +94,7 @@ class Pass:
                 tap.end(visit)
         for _, visit in visits:
             visit.finish()
-        return list(denoised.chunk(n)), [visit.saliency() for tap, visit in visits if tap in self.reads]
+        return denoised, [visit.saliency() for tap, visit in visits if tap in self.reads]
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning, kwargs: dict[str, Any]) -> Tensor:
         conditioning = {} if cond is None else cond if self.cond_key is None else {self.cond_key: cond}
@@ -148,12 +148,12 @@ class Passes:
             model_pass = Pass(inner_model, cond_key, shared, edits, reads if 0 in group else ())
             denoised, maps = self._ask(model_pass, sigma, latents, conds, kwargs)
             if keep or self.graphs is not None or len(group) < len(parts):  # the next pass may overwrite them
-                denoised, maps = [t.clone() for t in denoised], [t.clone() for t in maps]
+                denoised, maps = denoised.clone(), [t.clone() for t in maps]
             found.update(zip(model_pass.reads, maps, strict=True))
-            predictions.update(zip(group, denoised, strict=True))
+            predictions.update(zip(group, denoised.chunk(len(group)), strict=True))
         return [predictions[i] for i in range(len(parts))], found
 
-    def _ask(self, model_pass: Pass, *args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    def _ask(self, model_pass: Pass, *args: Any) -> tuple[Tensor, list[Tensor]]:
         to_check = any(tap.to_check for tap in model_pass.taps)
         is_compiled = any(tap.is_compiled(model_pass.inner_model) for tap in self.taps)
         with compiled.one_at_a_time(to_check or is_compiled):
