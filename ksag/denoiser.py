@@ -218,7 +218,8 @@ class GuidedDenoiser(nn.Module):
 
         The first call with new shapes, dtypes or keywords captures its passes, in about a second; later calls replay them. Scales,
         conditionings and the values of weights may change; after any other change to the model (a LoRA, another attention
-        processor), call this again. A call with gradients, or on the CPU, runs without graphs. Each thread captures for itself.
+        processor), call this again. A call with gradients, or on the CPU, runs without graphs. Each thread captures for itself;
+        while one does, no thread may call `torch.cuda.synchronize()`, which CUDA forbids.
 
         Args:
             limit: graphs kept for each thread; a warning says if more were needed. A step takes one, with exact SAG two; steps that
