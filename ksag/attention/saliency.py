@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 MAX_LOGITS = 6 * 2**20
 """Attention logits computed at once, in float32: 24 MiB, because a CPU's allocator maps 32 MiB or more again each time, which is
@@ -12,6 +13,8 @@ slow. They and their softmax hold 48 MiB; on a GPU the sum may take as much as t
 
 A chunk has at least one query of each sample and head; in a large batch of large pictures even these are more.
 """
+MAX_ELEMENTS = 3 * 2**19
+"""Of the queries or the keys that a flash attention kernel gets at once: with its results and gradients they hold about 24 MiB."""
 
 
 def softmax_chunks(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> list[Callable[[], Tensor]]:
@@ -62,14 +65,49 @@ def saliency(q: Tensor, k: Tensor, scale: float, image: slice | None = None, mas
         mask: as `F.scaled_dot_product_attention` takes it, or None.
 
     Returns:
-        (b, tokens), float32.
+        (b, tokens), float32. Large attention in half precision goes through flash attention on a GPU that has it, whose result is
+        within 1e-3 in float16 and 5e-3 in bfloat16, no more than the rounding of the queries and keys.
     """
     heads, queries = q.shape[1:3]
-    first, *others = softmax_chunks(q, k, scale, mask)
-    received = first().sum(dim=(1, 2))
-    for chunk in others:
-        received = received + chunk().sum(dim=(1, 2))
+    if _flash_can(q, k, mask):
+        received = _flash_received(q, k, scale)
+    else:
+        first, *others = softmax_chunks(q, k, scale, mask)
+        received = first().sum(dim=(1, 2))
+        for chunk in others:
+            received = received + chunk().sum(dim=(1, 2))
     if image is not None:
         received = received[:, image]
         return received / received.mean(dim=1, keepdim=True)
     return received * (k.shape[2] / (queries * heads))
+
+
+def _flash_can(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Whether flash attention's kernels can compute it, and it takes more than one chunk otherwise."""
+    (b, heads, queries, dim), keys = q.shape, k.shape[2]
+    if not q.is_cuda or mask is not None or dim % 8 or b * heads * queries * keys <= MAX_LOGITS:
+        return False
+    if torch.compiler.is_compiling():  # which cannot trace the question below
+        return False
+    return can_use_flash_attention(SDPAParams(q, k, k, None, 0.0, False, False))
+
+
+def _flash_received(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The sum over heads and queries of softmax(q kᵀ · scale), (b, keys), several times faster than in chunks.
+
+    What a key receives is the gradient of the attention's output, summed over queries, by the key's value. It is rounded to half
+    precision; each column has its own weight, so that the rounding errors differ, and their mean is small.
+    """
+    b, _, tokens, dim = (max(sizes) for sizes in zip(q.shape, k.shape, strict=True))
+    weights = torch.linspace(1 / 32, 1 / 16, dim, device=q.device).to(q.dtype)
+    inverse = 1 / (weights.float() * dim)
+    received = k.new_zeros(b, k.shape[2], dtype=torch.float32)
+    size = max(1, MAX_ELEMENTS // (b * tokens * dim))
+    with torch.autocast(q.device.type, enabled=False):
+        for queries, keys in zip(q.split(size, dim=1), k.split(size, dim=1), strict=True):  # of some heads
+            output, *kept, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, keys, scale=scale)
+            *_, gradient = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                weights.expand_as(output).contiguous(), queries, keys, keys, output, *kept, 0.0, False, seed, offset, scale=scale
+            )
+            received += (gradient.float() * inverse).sum(dim=(1, 3))
+    return received
