@@ -6,9 +6,10 @@ avoid (its floor: 2B + B for exact SAG, 3B for SAG in one pass and for PAG, 4B f
 For Stable Diffusion 1.5 diffusers' own SAG pipeline is timed too, and with --comfyui ComfyUI's node.
 
 Times are medians of CUDA events over rounds in which each form takes one step from an idle GPU, in random order, launched on one
-core of the host (Linux). CUDA graphs take three steps in a row, since under a sampler the host runs ahead of them; so do steps
-of which every third is another; the pipeline takes two, of which the second counts. Ratios are medians and quartiles of the
-rounds' ratios. Memory is the peak above the weights. Writes gpu.md and gpu.json; a case that gpu.json holds is not measured again.
+core of the host (Linux). CUDA graphs take several steps in a row (12 with Stable Diffusion 1.5, otherwise 3), since under a sampler
+the host runs ahead of the GPU from the second step on; steps of which every third is another take as many, at least 3; the
+pipeline takes two, of which the second counts. Ratios are medians and quartiles of the rounds' ratios. Memory is the peak above
+the weights. Writes gpu.md and gpu.json; a case that gpu.json holds is not measured again.
 """
 
 import contextlib
@@ -60,6 +61,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     THIRD: {"pag": 0.0, "one_pass": True, "every": 3}, PAG: {"sag": 0.0}, BOTH: {"one_pass": True},
 }  # fmt: skip
 PIPELINE = "diffusers' SAG pipeline"
+IN_A_ROW = {"SD 1.5": 12}
+"""Steps of CUDA graphs that are timed together; 3 where one takes longer."""
 
 
 class Inputs(NamedTuple):
@@ -172,10 +175,10 @@ def graphed(passes: list[Step]) -> Step:
 class Guided:
     """ksag's forms of a step, in one mode."""
 
-    def __init__(self, denoiser: nn.Module, inputs: Inputs, mode: str):
+    def __init__(self, denoiser: nn.Module, inputs: Inputs, mode: str, repeats: int):
         self.sag, self.pag, self.inputs = ksag.SAG(), ksag.PAG(), inputs
         self.wrapper = ksag.GuidedDenoiser(denoiser, [self.sag, self.pag], cond_key=None)
-        self.repeats = 3 if mode == GRAPHED else 1
+        self.repeats = repeats if mode == GRAPHED else 1
         if mode == GRAPHED:
             self.wrapper.use_cuda_graphs(limit=16)
 
@@ -189,7 +192,7 @@ class Guided:
         return partial(self.wrapper, x, sigma, cond=cond, **args)
 
     def seconds(self, form: str) -> float:
-        return seconds(self.step(form), DEVICE, 3 if form == THIRD else self.repeats)
+        return seconds(self.step(form), DEVICE, max(3, self.repeats) if form == THIRD else self.repeats)
 
     def peak(self, form: str) -> int:
         step = self.step(form)
@@ -244,15 +247,16 @@ def measure(model: str, side: int, batch: int, budget: float, checkout: Path | N
         denoiser, inputs = as_denoiser(make_unet(model), scheduler()), make_inputs(model, side, batch)
     timers: dict[str, Callable[[], float]] = {}
     peaks: dict[str, int] = {}
+    repeats = IN_A_ROW.get(model, 3)
     for mode in MODES:
         for floor, passes in bare_passes(denoiser, inputs).items():
             step = (graphed if mode == GRAPHED else in_turn)(passes)
             step()
             if mode == EAGER:
                 peaks[key(floor, mode)] = peak_bytes(step, DEVICE)
-            timers[key(floor, mode)] = partial(seconds, step, DEVICE, 3 if mode == GRAPHED else 1)
+            timers[key(floor, mode)] = partial(seconds, step, DEVICE, repeats if mode == GRAPHED else 1)
     for mode in MODES:
-        guided = Guided(denoiser, inputs, mode)
+        guided = Guided(denoiser, inputs, mode, repeats)
         for form in FORMS:
             if mode == EAGER:
                 peaks[key(form, mode)] = guided.peak(form)

@@ -28,6 +28,7 @@ import click
 import k_diffusion as K
 import torch
 from quality_rows import SPEED, Result, Row, append_result, describe, load_results, shared_out, sigmas
+from skip_block import SkipBlock
 from torch import Tensor
 
 import ksag
@@ -35,6 +36,7 @@ from ksag import evaluate, zoo
 from ksag.evaluate import features
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+KINDS = {"SAG": ksag.SAG, "PAG": ksag.PAG, "SEG": ksag.SEG, "SkipBlock": SkipBlock}
 
 # Sampling
 
@@ -109,8 +111,8 @@ class Model:
 
 
 def layers_of(row: Row) -> list[str]:
-    """The attention layers that a row's directions read or change."""
-    found = [dict(settings).get("attention", "middle") for _, settings in row.directions]
+    """The attention layers and blocks that a row's directions read or change."""
+    found = [dict(settings).get("blocks") or dict(settings).get("attention", "middle") for _, settings in row.directions]
     return [layer for each in found for layer in ([each] if isinstance(each, str) else each)]
 
 
@@ -159,7 +161,7 @@ class Bench:
         model = self.models[row.model]
         if self.compiled:
             model.compile_around(layers_of(row))
-        directions = [getattr(ksag, name)(**dict(settings)) for name, settings in row.directions]
+        directions = [KINDS[name](**dict(settings)) for name, settings in row.directions]
         samples, seconds, before = [], [], model.evaluations
         form = (row.model, *(name for name, _ in row.directions), *layers_of(row))
         options: dict[str, Any] = {
@@ -239,7 +241,7 @@ def load_judges(
               default=[features.CLASSIFIER.parent],
               help="A folder of train_classifier.py; by default the bundled one. The first chooses, all report.")  # fmt: skip
 @click.option("--n", type=int, help="Samples a row; by default 1000 to choose, and 2000 to 5000 to report.")
-@click.option("--tries", default=6, show_default=True, help="Settings to try for each method.")
+@click.option("--tries", type=int, help="Settings to try for each method; by default 4 for the UNet, 12 for the transformer.")
 @click.option("--seconds", type=float, default=math.inf, help="Stop after so many seconds.")
 @click.option("--choose-seconds", type=float, default=math.inf, help="Report the best found after so many seconds.")
 @click.option("--limit", type=int, help="Only the first rows of the report.")

@@ -1,9 +1,9 @@
 """Which rows the quality benchmark measures: the settings that `choose` tries, and the tables of `report`.
 
-`choose` tries the same number of settings for each method, on seeds that `report` does not use: three that are written here, the
-best of them stronger and weaker, and the best of these at other noise levels. If even the best is worse than plain sampling, only
-weaker ones follow. SAG + PAG starts from the best of both. The score of a setting is the mean over the samplers of
-log(FD / FD of plain sampling at the same number of evaluations).
+`choose` tries the same number of settings for each method, on seeds that `report` does not use: first those that are written here
+(three on the UNet, every block on the transformer), then the best of them stronger and weaker, and at other noise levels. If even
+the best is worse than plain sampling, only weaker ones follow. SAG + PAG starts from the best of both. The score of a setting is
+the mean over the samplers of log(FD / FD of plain sampling at the same number of evaluations).
 """
 
 import json
@@ -34,7 +34,7 @@ RANGES = {"emoji": ((0.4, 12.0), (0.4, 6.0)), "emoji-flow": ((0.1, 12.0), (0.05,
 """Each model's first sigma_range, and the other one."""
 DOWN, UP, BOTH = "d_blocks.3.2", "u_blocks.1.1", ["d_blocks.3.2", "d_blocks.3.4"]
 THREE = [*BOTH, "u_blocks.0.1"]
-B3, B4, B5 = (f"transformer_blocks.{i}.attn" for i in (3, 4, 5))
+BLOCKS = [f"transformer_blocks.{i}" for i in range(8)]
 STARTS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "emoji": {
         "SAG": [{"attention": layer, "scale": scale, "blur_sigma": 1.5} for layer, scale in ((UP, 1.4), (DOWN, 1.0), (DOWN, 1.6))],
@@ -42,16 +42,27 @@ STARTS: dict[str, dict[str, list[dict[str, Any]]]] = {
                           for layer, scale in ((UP, 1.96), (DOWN, 1.4), (UP, 1.4))],
         "PAG": [{"attention": layers, "scale": scale} for layers, scale in ((BOTH, 1.0), (UP, 1.0), (THREE, 0.7))],
         "SEG": [{"attention": layers, "scale": scale} for layers, scale in ((BOTH, 2.5), (UP, 2.0), (THREE, 2.0))],
+        "skipping": [{"blocks": layers, "scale": scale} for layers, scale in ((BOTH, 1.0), (UP, 1.0), (THREE, 0.7))],
     },
     "emoji-flow": {
-        "SAG": [{"attention": layer, "scale": 1.0, "blur_sigma": 2.0} for layer in (B3, B4, B5)],
-        "SAG, one pass": [{"attention": layer, "scale": 1.4, "blur_sigma": 2.0, "one_pass": True} for layer in (B3, B4, B5)],
-        "PAG": [{"attention": layers, "scale": 1.0} for layers in (B3, B4, [B3, B4])],
-        "SEG": [{"attention": layers, "scale": 2.0} for layers in (B3, B4, [B3, B4])],
+        "SAG": [{"attention": f"{block}.attn", "scale": 1.0, "blur_sigma": 2.0} for block in BLOCKS],
+        "SAG, one pass": [{"attention": f"{block}.attn", "scale": 1.4, "blur_sigma": 2.0, "one_pass": True} for block in BLOCKS],
+        "PAG": [{"attention": f"{block}.attn", "scale": 0.3} for block in BLOCKS],
+        "SEG": [{"attention": f"{block}.attn", "scale": 0.3} for block in BLOCKS],
+        "skipping": [{"blocks": block, "scale": 0.3} for block in BLOCKS],
     },
 }  # fmt: skip
+TRIES = {"emoji": 4, "emoji-flow": 12}
+"""Settings to try for each method."""
 TOGETHER = "SAG + PAG"
-METHODS = ("SAG", "SAG, one pass", "PAG", "SEG", TOGETHER)
+KINDS = {"SAG": "SAG", "SAG, one pass": "SAG", "PAG": "PAG", "SEG": "SEG", "skipping": "SkipBlock"}
+METHODS = (*KINDS, TOGETHER)
+ALONG = ("SAG", "SAG, one pass", "PAG", TOGETHER)
+SAMPLED = (*MAIN, "dpmpp_2m_sde")
+ALONG_STEPS = (8, 12, 16, 24, 32, 48, 64)
+"""The methods and samplers that are measured at these steps."""
+OTHERS = {s: 16 if s in TWO_CALLS else 32 if s.endswith(("sde", "ancestral")) else 24 for s in SAMPLERS if s not in MAIN}
+"""The steps of the other samplers, with which they evaluate the model about as often, or more often where they add noise."""
 Choice = dict[str, Any]
 
 
@@ -74,22 +85,22 @@ def changed(directions: Directions, scale: float = 1.0, **settings: Any) -> Dire
 
 
 def starts(model: str, method: str, best: dict[str, Directions]) -> list[Directions]:
-    """The first three settings to try."""
+    """The first settings to try."""
     if method != TOGETHER:
-        return [((method[:3], frozen({**s, "sigma_range": RANGES[model][0]})),) for s in STARTS[model][method]]
+        return [((KINDS[method], frozen({**s, "sigma_range": RANGES[model][0]})),) for s in STARTS[model][method]]
     sag, pag = best["SAG"], best["PAG"]
     return [changed(sag, a) + changed(pag, b) for a, b in ((0.7, 0.7), (0.5, 1.0), (1.0, 0.5))]
 
 
-def moves(model: str, scores: Mapping[Directions, float], best: Directions) -> list[Directions]:
-    """What to try after the first three settings: two other strengths of the best, weaker ones if even that is worse than plain
-    sampling. After those: other noise levels.
+def moves(model: str, scores: Mapping[Directions, float], best: Directions, first: bool) -> list[Directions]:
+    """What to try after the first settings: two other strengths of the best, weaker ones if even that is worse than plain sampling.
+    After those, one by one: other noise levels, then other strengths.
     """
     weaker = scores[best] > 0
     new = [changed(best, factor) for factor in ((0.5, 0.25, 0.125) if weaker else (1.4, 0.7, 2.0, 0.5))]
-    if len(scores) > 3 and not weaker:
+    if not first and not weaker:
         new = [changed(best, sigma_range=RANGES[model][1]), *new]
-    return [one for one in new if one not in scores][: 2 if len(scores) == 3 else 1]
+    return [one for one in new if one not in scores][: 2 if first else 1]
 
 
 def plain_at(evaluations: float, plain: dict[float, float]) -> float:
@@ -102,7 +113,7 @@ def plain_at(evaluations: float, plain: dict[float, float]) -> float:
     return math.exp(np.interp(math.log(evaluations), np.log(known), np.log([plain[e] for e in known])))
 
 
-def choose(bench: "Bench", models: Sequence[str], n: int, tries: int) -> Choice:
+def choose(bench: "Bench", models: Sequence[str], n: int, tries: int | None = None) -> Choice:
     """Tries settings, and writes the best of each method to quality_choice.json after every round."""
     choice = load_choice(bench.out)
     base: dict[str, Any] = {"n": n, "seeds": CHOICE_SEEDS}
@@ -139,8 +150,9 @@ def choose(bench: "Bench", models: Sequence[str], n: int, tries: int) -> Choice:
             now = {}
             for model, method in ((model, method) for method in methods for model in models):
                 before = tried[model, method]
-                new = moves(model, before, best[model][method]) if before else starts(model, method, best[model])
-                if new := new[: tries - len(before)]:
+                first = starts(model, method, best[model])
+                new = moves(model, before, best[model][method], len(before) == len(first)) if before else first
+                if new := new[: (tries or TRIES[model]) - len(before)]:
                     now[model, method] = new
             if not now:
                 break
@@ -196,14 +208,13 @@ def report_rows(choice: Choice) -> list[Row]:
 
     def along(model: str, samplers: Sequence[str], most: Sequence[int]) -> list[Row]:
         ways = methods_of(choice[model])
-        shown = [(), *(ways[name] for name in ("SAG", "PAG", TOGETHER) if name in ways)]
-        steps = {way: (8, 12, 16, 24, 32, 48, 64) if not way else most for way in shown}
+        shown = [(), *(ways[name] for name in ALONG if name in ways)]
+        steps = {way: most if way else ALONG_STEPS for way in shown}
         return [row(model, sampler, k, way) for sampler in samplers for way in shown for k in steps[way]]
 
     def others(model: str) -> list[Row]:
         best = recommended(choice[model])
-        steps = {s: 16 if s in TWO_CALLS else 32 if s.endswith(("sde", "ancestral")) else 24 for s in SAMPLERS if s not in MAIN}
-        return with_plain([row(model, sampler, k, best) for sampler, k in steps.items()])
+        return with_plain([row(model, sampler, k, best) for sampler, k in OTHERS.items()])
 
     def with_cfg(model: str) -> list[Row]:
         ways = methods_of(choice[model])
@@ -212,13 +223,15 @@ def report_rows(choice: Choice) -> list[Row]:
         rows = [row(model, s, 24, way, cond_scale=scale) for scale in (1.5, 3.0) for s in MAIN[::-1] for way in ((), *guided)]
         return rows + [row(model, s, 24, cond_scale=scale) for scale in (1.0, 1.25, 2.0, 2.5, 4.0, 5.0) for s in MAIN[::-1]]
 
-    flow = [model for model in choice if model != "emoji"]
-    for seeds in REPORT_SEEDS:
-        parts += [main(model, seeds) for model in choice]
-        if seeds == first:
-            parts += [along(model, MAIN, (8, 12, 16, 24, 32)) for model in choice]
-            parts += [others(model) + with_cfg(model) for model in choice if model not in flow]
-    parts += [along(model, ("dpmpp_2m_sde",), (8, 12, 16, 24, 32)) for model in choice]
-    parts += [others(model) + with_cfg(model) for model in flow]
-    parts += [along(model, (*MAIN, "dpmpp_2m_sde"), (48, 64)) for model in choice]
+    def rest(model: str) -> list[Row]:
+        ways = [way for name, way in methods_of(choice[model]).items() if name not in ALONG]
+        return [row(model, sampler, k, way) for k in (12, 48) for sampler in MAIN for way in ways]
+
+    parts += [main(model, first) for model in choice]
+    parts += [along(model, MAIN, ALONG_STEPS[:5]) for model in choice]
+    parts += [main(model, REPORT_SEEDS[1]) for model in choice]
+    parts += [others(model) + with_cfg(model) for model in choice]
+    parts += [along(model, SAMPLED[2:], ALONG_STEPS[:5]) for model in choice]
+    parts += [main(model, REPORT_SEEDS[2]) for model in choice]
+    parts += [along(model, SAMPLED, ALONG_STEPS[5:]) + rest(model) for model in choice]
     return list(dict.fromkeys(row for part in parts for row in part))

@@ -1,47 +1,87 @@
-"""FD against evaluations per picture, a curve for each method.  `python benchmarks/quality_plot.py`
+"""FD against the cost of a picture, a curve for each method.  `python benchmarks/quality_plot.py`
 
-Draws docs/evaluations.png from quality.jsonl: the bundled UNet, with `euler`, at several numbers of steps.
+Draws from quality.jsonl, at 8 to 64 steps: docs/evaluations.png, FD against evaluations with one sampler for each model, and
+docs/curves.png, FD against evaluations and against seconds with three samplers.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from quality_rows import Result
-from quality_table import HERE, PLAIN, along, fd, load
+from quality_table import HERE, PLAIN, SAMPLED, TITLES, Curves, along, fd, load, seconds
 
-STYLES = {PLAIN: "#777777", "SAG": "#e07b00", "PAG": "#2a78c2", "SAG + PAG": "#b3123f"}
-LABELS = {PLAIN: (6, 4, "left"), "SAG": (8, 0, "left"), "PAG": (8, 0, "left"), "SAG + PAG": (0, -16, "center")}
-"""Offset in points, and alignment, of the label at the end of each curve."""
+STYLES = {PLAIN: "#777777", "SAG": "#e07b00", "SAG, one pass": "#8a5a00", "PAG": "#2a78c2", "SAG + PAG": "#b3123f"}
+FDS = (4, 5, 6, 8, 10, 15, 20, 30, 40)
+COSTS: dict[str, tuple[Callable[[Result], float], tuple[float, ...]]] = {
+    "model evaluations per picture": (lambda result: float(result["evaluations"]), (8, 16, 32, 64, 128)),
+    "seconds for 1,000 pictures": (seconds, (0.25, 0.5, 1, 2, 4, 8)),
+}
+"""What is on the horizontal axis, and its ticks."""
 
 
-def draw(curves: dict[str, dict[int, Result]]) -> Figure:
-    figure = Figure(figsize=(7, 4.2), dpi=200, facecolor="white", layout="constrained")
-    axes = figure.subplots()
+def draw_curves(axes: Axes, curves: Curves, label: str, title: str) -> None:
+    """FD against one kind of cost."""
+    cost, ticks = COSTS[label]
     for name, color in STYLES.items():
-        x = [result["evaluations"] for result in curves[name].values()]
-        y = [fd(result) for result in curves[name].values()]
-        axes.plot(x, y, "o-", color=color, markersize=5, linewidth=2)
-        right, up, side = LABELS[name]
-        axes.annotate(name, (x[-1], y[-1]), (right, up), textcoords="offset points", color=color, fontsize=12, weight="bold",
-                      ha=side, va="center", bbox={"color": "white", "pad": 1})  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(7.5, 80), ylim=(4.4, 42))
-    for axis, ticks in ((axes.xaxis, (8, 12, 16, 24, 32, 48, 64)), (axes.yaxis, (5, 6, 8, 10, 15, 20, 30, 40))):
-        axis.set_ticks(ticks, [str(tick) for tick in ticks], fontsize=11)
+        if name in curves:
+            x, y = zip(*((cost(result), fd(result)) for result in curves[name].values()), strict=True)
+            axes.plot(x, y, "o-", color=color, markersize=4, linewidth=1.8, label=name)
+    axes.set(xscale="log", yscale="log", title=title, xlim=(ticks[0] / 1.15, ticks[-1] * 1.15))
+    for axis, shown in ((axes.xaxis, ticks), (axes.yaxis, FDS)):
+        axis.set_ticks(shown, [f"{tick:g}" for tick in shown])
         axis.set_ticks([], minor=True)
     axes.grid(color="#e4e4e4")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("model evaluations per picture", fontsize=12)
-    axes.set_ylabel("FD (lower is better)", fontsize=12)
+    axes.set_xlabel(label)
+    axes.set_ylabel("FD (lower is better)")
+
+
+def add_legend(figure: Figure) -> None:
+    """One for all axes, above them."""
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(
+        handles=[lines[name] for name in STYLES if name in lines], loc="outside upper center", ncols=len(STYLES), frameon=False
+    )
+
+
+def small(of: Callable[[str, str], Curves]) -> Figure:
+    """Both models with `euler`, FD against evaluations."""
+    figure = Figure(figsize=(9, 4.3), dpi=180, facecolor="white", layout="constrained")
+    for axes, (model, title) in zip(figure.subplots(1, 2, sharey=True), TITLES.items(), strict=True):
+        draw_curves(axes, of(model, "euler"), next(iter(COSTS)), title)
+    figure.axes[1].set_ylabel("")
+    add_legend(figure)
+    return figure
+
+
+def large(of: Callable[[str, str], Curves]) -> Figure:
+    """A column for each sampler, and two rows for each model."""
+    figure = Figure(figsize=(11, 14), dpi=130, facecolor="white", layout="constrained")
+    rows = [(model, label) for model in TITLES for label in COSTS]
+    for of_row, (model, label) in zip(figure.subplots(len(rows), len(SAMPLED), sharey="row"), rows, strict=True):
+        for axes, sampler in zip(of_row, SAMPLED, strict=True):
+            draw_curves(axes, of(model, sampler), label, f"{TITLES[model].split(' trained')[0]}, {sampler}")
+            if axes is not of_row[0]:
+                axes.set_ylabel("")
+    add_legend(figure)
     return figure
 
 
 @click.command(help=__doc__)
 @click.argument("folder", default=HERE, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--out", default=HERE.parent / "docs/evaluations.png", type=click.Path(path_type=Path), help="The picture to write.")
+@click.option("--out", default=HERE.parent / "docs", type=click.Path(path_type=Path), help="The folder to write the pictures to.")
 def main(folder: Path, out: Path) -> None:
-    draw(along(*load(folder), "emoji", "euler")).savefig(out)
+    results, choice = load(folder)
+
+    def of(model: str, sampler: str) -> Curves:
+        return along(results, choice, model, sampler)
+
+    small(of).savefig(out / "evaluations.png")
+    large(of).savefig(out / "curves.png")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,47 @@
 """What did `benchmarks/quality.py` find?  `python benchmarks/quality_table.py`
 
-Writes docs/quality.md from quality.jsonl and quality_choice.json: for each model and sampler, all methods at 24 steps, the settings
-of the methods, and FD along the number of steps. Only rows that were measured appear.
+Writes docs/quality.md from quality.jsonl and quality_choice.json: for each model and sampler all methods at 24 steps, then the
+settings of the methods, FD by steps, the other samplers, classifier-free guidance, and the transformer's blocks. Only rows that
+were measured appear. The stored page also has the evaluations a second of quality_gpus.jsonl.
 """
 
+import itertools
+import json
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import click
-from quality_plan import MAIN, Choice, load_choice, methods_of
-from quality_rows import Directions, Result, Row, Settings, load_results
+import numpy as np
+from quality_plan import (
+    ALONG,
+    ALONG_STEPS,
+    CHOICE_SEEDS,
+    KINDS,
+    MAIN,
+    OTHERS,
+    PLAIN_STEPS,
+    REPORT_SEEDS,
+    SAMPLED,
+    Choice,
+    load_choice,
+    methods_of,
+    plain_at,
+    recommended,
+    starts,
+)
+from quality_rows import Directions, Result, Row, Settings, frozen, load_results
 
 HERE = Path(__file__).parent
-SEEDS, STEPS, ALONG = 2, 24, 2000
-"""The seeds of the report, the steps of the main tables, and the pictures of each row along the steps."""
+FIRST, STEPS, FEW = REPORT_SEEDS[0], 24, 2000
+"""The first seeds of the report, the steps of the main tables, and the pictures of a row outside them."""
+ENOUGH = 4
+"""Points that a curve has at least; the methods without a curve have two."""
 PLAIN = "plain"
 TITLES = {"emoji": "Bundled UNet", "emoji-flow": "Transformer trained by flow matching"}
-HEADS = ["evaluations", "seconds", "FD", "over plain", "over equal", "KID × 1000", "precision, recall"]
 Results = dict[Row, Result]
+Curves = dict[str, dict[int, Result]]
 
 
 def load(folder: Path) -> tuple[Results, Choice]:
@@ -26,18 +49,20 @@ def load(folder: Path) -> tuple[Results, Choice]:
     return {Row.of(result): result for result in load_results(folder / "quality.jsonl").values()}, load_choice(folder)
 
 
-def first_judge(result: Result) -> dict[str, float]:
-    measures: dict[str, float] = next(iter(result["measures"].values()))
-    return measures
+def judged(result: Result, judge: int = 0) -> dict[str, float]:
+    """The measures of the first or the second judge; nothing if that one did not see the row."""
+    measures = list(result["measures"].values())
+    found: dict[str, float] = measures[judge] if judge < len(measures) else {}
+    return found
 
 
 def fd(result: Result) -> float:
-    return first_judge(result)["fd"]
+    return judged(result)["fd"]
 
 
 def seconds(result: Result) -> float:
-    """For 1,000 pictures: the median over the row's batches."""
-    return statistics.median(result["seconds"]) * 1000 / result["batch"]
+    """For 1,000 pictures: of the row's fastest batch, since others may have waited for the compiler."""
+    return float(min(result["seconds"])) * 1000 / result["batch"]
 
 
 def names(choice: Choice, model: str) -> dict[Directions, str]:
@@ -49,48 +74,62 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
 
 
-def method_cells(row: Row, name: str, results: Results) -> list[str]:
-    """One row of a main table. The two ratios are empty for plain sampling, and where plain sampling was not measured."""
-    result = results[row]
-    measures = first_judge(result)
-
-    def over(other: Row) -> str:
-        return f"{measures['fd'] / fd(results[other]):.2f}" if row.directions and other in results else ""
-
-    ratios = [over(row.plain), over(row.equal)]
-    shares = f"{measures['precision']:.3f}, {measures['recall']:.3f}"
-    start = [name, f"{result['evaluations']:g}", f"{seconds(result):.2f}", f"{measures['fd']:.2f}"]
-    return [*start, *ratios, f"{1000 * measures['kid']:.1f}", shares]
+# All methods at 24 steps
 
 
-def main_rows(results: Results, choice: Choice, model: str, sampler: str) -> list[tuple[str, Row]]:
-    """Plain sampling by its number of steps, then the methods in the order of the choice."""
+MAIN_HEAD = [
+    "",
+    "evaluations",
+    "seconds",
+    "FD",
+    "over plain",
+    "over equal",
+    "second judge, over equal",
+    "KID × 1000",
+    "precision, recall",
+]
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and the lowest and the highest of several."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else mean
+
+
+def over(rows: list[Row], other: Callable[[Row], Row], results: Results, judge: int = 0) -> str:
+    """FD over that of another row, for each set of seeds in which this judge saw both."""
+    pairs = [(judged(results[row], judge), judged(results[other(row)], judge)) for row in rows if other(row) in results]
+    ratios = [one["fd"] / two["fd"] for one, two in pairs if one and two]
+    return spread(ratios) if ratios and rows[0].directions else ""
+
+
+def method_cells(name: str, rows: list[Row], results: Results) -> list[str]:
+    """A line of a main table, from the rows of one method with each set of seeds. For plain sampling the ratios are empty."""
+
+    def mean(of: Callable[[Result], float]) -> float:
+        return statistics.mean(of(results[row]) for row in rows)
+
+    def share(part: str) -> str:
+        return f"{mean(lambda result: judged(result)[part]):.3f}"
+
+    return [
+        name, f"{results[rows[0]]['evaluations']:g}", f"{seconds(results[rows[0]]):.2f}",
+        spread([fd(results[row]) for row in rows]), over(rows, lambda row: row.plain, results),
+        over(rows, lambda row: row.equal, results), over(rows, lambda row: row.equal, results, judge=1),
+        f"{1000 * mean(lambda result: judged(result)['kid']):.1f}", f"{share('precision')}, {share('recall')}",
+    ]  # fmt: skip
+
+
+def main_rows(results: Results, choice: Choice, model: str, sampler: str) -> list[tuple[str, list[Row]]]:
+    """Plain sampling by its number of steps, then the methods in the order of the choice; each with every set of seeds."""
     known = names(choice, model)
-    of_report = [row for row in results if (row.model, row.sampler, row.seeds) == (model, sampler, SEEDS) and row.n != ALONG]
-    plain = sorted((row for row in of_report if not row.directions), key=lambda row: row.steps)
-    guided = [row for way in known for row in of_report if way and row.directions == way and row.steps == STEPS]
-    named = [(PLAIN if row.steps == STEPS else f"{PLAIN}, {row.steps} steps", row) for row in plain]
-    return named + [(known[row.directions], row) for row in guided]
-
-
-def along(results: Results, choice: Choice, model: str, sampler: str) -> dict[str, dict[int, Result]]:
-    """By method and number of steps."""
-    found: dict[str, dict[int, Result]] = {}
-    for way, name in names(choice, model).items():
-        rows = {row.steps: row for row in results if (row.model, row.sampler, row.directions) == (model, sampler, way)
-                and (row.seeds, row.n, row.cond_scale) == (SEEDS, ALONG, None)}  # fmt: skip
-        if rows:
-            found[name] = {steps: results[rows[steps]] for steps in sorted(rows)}
-    return found
-
-
-def along_table(curves: dict[str, dict[int, Result]]) -> str:
-    def cell(name: str, steps: int) -> str:
-        result = curves[name].get(steps)
-        return f"{fd(result):.2f} ({result['evaluations']:g})" if result else ""
-
-    steps = sorted({k for curve in curves.values() for k in curve})
-    return table(["steps", *curves], ([str(k), *(cell(name, k) for name in curves)] for k in steps))
+    found: dict[tuple[Directions, int], list[Row]] = {}
+    for row in sorted(results, key=lambda row: row.seeds):
+        if (row.model, row.sampler) == (model, sampler) and row.seeds in REPORT_SEEDS and row.n > FEW:
+            found.setdefault((row.directions, row.steps), []).append(row)
+    plain = sorted(steps for directions, steps in found if not directions)
+    named = [(PLAIN if steps == STEPS else f"{PLAIN}, {steps} steps", found[(), steps]) for steps in plain]
+    return named + [(known[way], found[way, STEPS]) for way in known if way and (way, STEPS) in found]
 
 
 def settings_of(choice: Choice, model: str) -> str:
@@ -101,20 +140,179 @@ def settings_of(choice: Choice, model: str) -> str:
     return "\n".join(f"- {name}: `{' + '.join(code(*one) for one in way)}`" for name, way in named)
 
 
-def page(results: Results, choice: Choice) -> str:
-    """docs/quality.md."""
-    parts = []
+# FD by the number of steps
+
+
+def along(results: Results, choice: Choice, model: str, sampler: str) -> Curves:
+    """By method and number of steps."""
+    found: Curves = {}
+    for way, name in names(choice, model).items():
+        rows = {row.steps: row for row in results if (row.model, row.sampler, row.directions) == (model, sampler, way)
+                and (row.seeds, row.n, row.cond_scale) == (FIRST, FEW, None) and row.steps in ALONG_STEPS}  # fmt: skip
+        if len(rows) >= (ENOUGH if name in (PLAIN, *ALONG) else 2):
+            found[name] = {steps: results[rows[steps]] for steps in sorted(rows)}
+    return found
+
+
+def reaches(curve: dict[int, Result], goal: float) -> float | None:
+    """The evaluations with which a method's FD falls to `goal`, interpolated linearly in the logarithms of both."""
+    points = [(result["evaluations"], fd(result)) for result in curve.values()] if len(curve) >= ENOUGH else []
+    for (e0, f0), (e1, f1) in itertools.pairwise(points):
+        if f0 > goal >= f1:
+            return math.exp(np.interp(-math.log(goal), [-math.log(f0), -math.log(f1)], [math.log(e0), math.log(e1)]))
+    return points[0][0] if points and points[0][1] <= goal else None
+
+
+def along_table(curves: Curves) -> str:
+    def cell(name: str, steps: int) -> str:
+        result = curves[name].get(steps)
+        return f"{fd(result):.2f} ({result['evaluations']:g})" if result else ""
+
+    steps = sorted({k for curve in curves.values() for k in curve})
+    rows = [[str(k), *(cell(name, k) for name in curves)] for k in steps]
+    last = list(curves[PLAIN])[-1]
+    found = [reaches(curve, fd(curves[PLAIN][last])) for curve in curves.values()]
+    rows.append([f"evaluations to the FD of {last} plain steps", *(f"{e:.0f}" if e else "" for e in found)])
+    return table(["steps", *curves], rows)
+
+
+# Other samplers
+
+
+def sampler_table(results: Results, choice: Choice, model: str) -> str:
+    """The best method under every other sampler."""
+    best, rows = recommended(choice[model]), []
+    for row in results:
+        few = (row.model, row.directions, row.seeds, row.n, row.cond_scale) == (model, best, FIRST, FEW, None)
+        there = row.plain in results and (row.sampler == "dpm_adaptive" or row.equal in results)
+        if few and there and row.steps == OTHERS.get(row.sampler):
+            equal = results.get(row.equal)
+            guided, plain = results[row], results[row.plain]
+            ratio = over([row], lambda row: row.equal, results) if equal else ""
+            rows.append([
+                f"`{row.sampler}`", str(row.steps), f"{fd(plain):.2f} ({plain['evaluations']:g})",
+                f"{fd(equal):.2f} ({equal['evaluations']:g})" if equal else "", f"{fd(guided):.2f} ({guided['evaluations']:g})",
+                over([row], lambda row: row.plain, results), ratio, over([row], lambda row: row.equal, results, 1) if equal else "",
+            ])  # fmt: skip
+    head = ["", "steps", "plain", "plain, equal", "guided", "over plain", "over equal", "second judge, over equal"]
+    return table(head, sorted(rows)) if rows else ""
+
+
+# Classifier-free guidance
+
+
+def cfg_table(results: Results, choice: Choice, model: str, sampler: str) -> str:
+    """Each method with two cond_scales, beside plain classifier-free guidance with the cond_scale that gives the same precision."""
+    known = names(choice, model)
+    known |= {tuple((kind, frozen({**dict(s), "scale": round(dict(s)["scale"] / 2, 3)})) for kind, s in recommended(choice[model])):
+              "the best at half its scales"}  # fmt: skip
+    of_report = [row for row in results if (row.model, row.sampler, row.steps) == (model, sampler, STEPS) and row.cond_scale]
+    plain = sorted((row for row in of_report if not row.directions), key=lambda row: row.cond_scale or 0)
+    scales = [row.cond_scale or 0.0 for row in plain]
+    rows = []
+    for row in sorted((row for row in of_report if row.cond_scale in (1.5, 3.0)), key=lambda row: row.cond_scale or 0):
+        measures = judged(results[row])
+        cells = [f"{row.cond_scale:g}", known[row.directions], f"{results[row]['evaluations']:g}", f"{measures['fd']:.2f}"]
+        cells += [f"{1000 * measures['kid']:.1f}", f"{measures['precision']:.3f}, {measures['recall']:.3f}"]
+        rows.append(cells + (effective(measures, [judged(results[one]) for one in plain], scales) if row.directions else ["", ""]))
+    head = [
+        "cond_scale",
+        "",
+        "evaluations",
+        "FD",
+        "KID × 1000",
+        "precision, recall",
+        "plain's cond_scale of equal precision",
+        "its FD",
+    ]
+    return table(head, rows) if rows else ""
+
+
+def effective(measures: dict[str, float], plain: list[dict[str, float]], scales: list[float]) -> list[str]:
+    """The cond_scale at which plain classifier-free guidance has this precision, and its FD there, both interpolated."""
+    precisions = np.maximum.accumulate([one["precision"] for one in plain])
+    if not precisions[0] <= measures["precision"] <= precisions[-1]:
+        return [f"{'below' if measures['precision'] < precisions[0] else 'above'} all", ""]
+    place = np.interp(measures["precision"], precisions, np.arange(len(plain)))
+    scale, distance = (np.interp(place, np.arange(len(plain)), values) for values in (scales, [one["fd"] for one in plain]))
+    return [f"{scale:.2f}", f"{distance:.2f}"]
+
+
+# The blocks of the transformer
+
+
+def block_table(results: Results, choice: Choice, model: str) -> str:
+    """FD over plain sampling at equal evaluations by block that each method reads, changes or skips: on the seeds of the choice."""
+    schedule = frozen(choice[model]["schedule"])
+
+    def row(sampler: str, steps: int = STEPS, way: Directions = ()) -> Row:
+        return Row(model, sampler, steps, schedule, way, seeds=CHOICE_SEEDS, n=1000)
+
+    def cell(way: Directions) -> str:
+        ratios = []
+        for sampler in MAIN:
+            curve = {results[one]["evaluations"]: fd(results[one]) for one in (row(sampler, k) for k in PLAIN_STEPS)}
+            result = results[row(sampler, way=way)]
+            ratios.append(fd(result) / plain_at(result["evaluations"], curve))
+        return ", ".join(f"{ratio:.2f}" for ratio in ratios)
+
+    ways = {method: starts(model, method, {}) for method in KINDS}
+    if not all(row(sampler, way=way) in results for of_method in ways.values() for way in of_method for sampler in MAIN):
+        return ""
+    return table(["block", *ways], ([str(i), *map(cell, each)] for i, each in enumerate(zip(*ways.values(), strict=True))))
+
+
+# Speed
+
+
+def speed_table(lines: Iterable[str]) -> str:
+    """Evaluations a second of the same rows on one GPU, and on each of two at once."""
+    alone, beside = ({Row.of(result): result for result in map(json.loads, lines) if result["gpus"] == n} for n in (1, 2))
+
+    def speed(result: Result) -> float:
+        return float(result["row"]["n"] * result["evaluations"] / sum(result["seconds"]))
+
+    def name(row: Row) -> str:
+        return f"{' + '.join(kind for kind, _ in row.directions) or PLAIN}, {row.steps} steps"
+
+    rows = [row for row in list(beside)[1:] if row in alone]  # the first one was compiled
+    speeds = [(name(row), speed(alone[row]), speed(beside[row])) for row in rows]
+    return table(
+        ["", "alone", "beside another GPU", "ratio"], ([n, f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.2f}"] for n, a, b in speeds)
+    )
+
+
+def page(results: Results, choice: Choice, gpus: Sequence[str] = ()) -> str:
+    """docs/quality.md. `gpus` are the lines of quality_gpus.jsonl."""
+    parts: list[str] = []
+
+    def section(title: str, *content: str) -> None:
+        if all(content):
+            parts.extend([f"### {title}", *content])
+
     for model in choice:
+        title = TITLES[model]
         for sampler in MAIN:
-            rows = main_rows(results, choice, model, sampler)
-            if rows:
-                parts.append(f"### {TITLES[model]}, `{sampler}`, {STEPS} steps, {rows[0][1].n:,} pictures")
-                parts.append(table(["", *HEADS], (method_cells(row, name, results) for name, row in rows)))
+            if rows := main_rows(results, choice, model, sampler):
+                content = table(MAIN_HEAD, (method_cells(name, of_method, results) for name, of_method in rows))
+                section(f"{title}, `{sampler}`, {STEPS} steps, {rows[0][1][0].n:,} pictures", content)
         parts += ["Settings:", settings_of(choice, model)]
-        for sampler in MAIN:
+        for sampler in SAMPLED:
             if curves := along(results, choice, model, sampler):
-                parts.append(f"### {TITLES[model]}, `{sampler}`, FD by steps, {ALONG:,} pictures")
-                parts += ["In brackets: evaluations per picture.", along_table(curves)]
+                text = "In brackets: evaluations per picture."
+                section(f"{title}, `{sampler}`, FD by steps, {FEW:,} pictures", text, along_table(curves))
+        method = names(choice, model)[recommended(choice[model])]
+        text = f"Guided by {method}. In brackets: evaluations per picture."
+        section(f"{title}, other samplers, {FEW:,} pictures", text, sampler_table(results, choice, model))
+        for sampler in MAIN:
+            section(
+                f"{title}, `{sampler}` with classifier-free guidance, {FEW:,} pictures", cfg_table(results, choice, model, sampler)
+            )
+        if model == "emoji-flow":
+            text = "FD over plain sampling with equal evaluations, under `euler` and `dpmpp_2m`, each method at one scale."
+            section(f"{title}, by block, 1,000 pictures", text, block_table(results, choice, model))
+    if gpus:
+        section("Bundled UNet, evaluations a second", f"With `euler`, {FEW:,} pictures.", speed_table(gpus))
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,7 +320,8 @@ def page(results: Results, choice: Choice) -> str:
 @click.argument("folder", default=HERE, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", default=HERE.parent / "docs/quality.md", type=click.Path(path_type=Path), help="The page to write.")
 def main(folder: Path, out: Path) -> None:
-    out.write_text(page(*load(folder)))
+    gpus = HERE / "quality_gpus.jsonl"
+    out.write_text(page(*load(folder), gpus.read_text().splitlines() if folder == HERE else ()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The evidence: the benchmark resumes and follows its own rules, and the bundled classifier is intact."""
 
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -204,7 +205,7 @@ def test_the_report_has_plain_beside_every_guided_row():
     assert {row.sampler for row in rows} == set(quality_plan.SAMPLERS)
     assert all(row.plain in rows for row in rows if row.directions and row.steps <= 64)
     at_24 = [row for row in rows if row.directions and row.n > 2000]
-    assert all(row.equal in rows for row in at_24) and len(at_24) == 2 * 2 * 3 * 6
+    assert all(row.equal in rows for row in at_24) and len(at_24) == 2 * 2 * 3 * 7
     first = rows[: len(rows) // 10]
     assert {row.model for row in first} == {"emoji", "emoji-flow"} and {row.steps for row in first if row.directions} == {24}
 
@@ -220,40 +221,94 @@ def test_the_settings_to_start_from_name_layers_of_the_models():
 
 
 def some_results():
-    """Plain sampling has FD 100 / steps, and every method 60 / steps."""
+    """Plain sampling has FD 100 / steps, and every method 60 / steps; the second judge, who was not there at first, says 50."""
     results = {}
     for row in quality_plan.report_rows(some_choice()):
         measures = {"fd": (60 if row.directions else 100) / row.steps, "kid": 0.01, "precision": 0.8, "recall": 0.6}
-        results[row] = {"measures": {"judge": measures}, "evaluations": row.evaluations, "seconds": [1.0, 2.0, 9.0], "batch": 500}
+        measures["fd"] *= 1 + (row.seeds - 3) / 10
+        judges = {"judge": measures} | ({"second": measures | {"fd": 50 / row.steps}} if row.seeds > 2 else {})
+        results[row] = {"measures": judges, "evaluations": row.evaluations, "seconds": [1.0, 2.0, 9.0], "batch": 500}
     return results
 
 
 def test_the_table_divides_by_plain_at_equal_steps_and_at_equal_evaluations():
-    choice = some_choice()
-    row = dict(quality_table.main_rows(some_results(), choice, "emoji", "euler"))["PAG"]
-    cells = quality_table.method_cells(row, "PAG", some_results())
-    over_equal = 60 / 24 / (100 / row.equal.steps)
-    assert cells == ["PAG", f"{row.evaluations:g}", "4.00", "2.50", "0.60", f"{over_equal:.2f}", "10.0", "0.800, 0.600"]
-    without = {each: result for each, result in some_results().items() if each != row.equal}
-    assert quality_table.method_cells(row, "PAG", without)[5] == ""
+    results = some_results()
+    rows = dict(quality_table.main_rows(results, some_choice(), "emoji", "euler"))["PAG"]
+    cells = quality_table.method_cells("PAG", rows, results)
+    equal = 60 / 24 / (100 / rows[0].equal.steps)
+    second = 50 / 24 / (50 / rows[0].equal.steps)
+    assert cells == [
+        "PAG", f"{rows[0].evaluations:g}", "2.00", "2.50 (2.25–2.75)", "0.60 (0.60–0.60)", f"{equal:.2f} ({equal:.2f}–{equal:.2f})",
+        f"{second:.2f} ({second:.2f}–{second:.2f})", "10.0", "0.800, 0.600",
+    ]  # fmt: skip
+    without = {row: result for row, result in results.items() if row not in {each.equal for each in rows}}
+    assert quality_table.method_cells("PAG", rows, without)[5:7] == ["", ""]
+    first = [row for row in rows if row.seeds == 2]
+    assert quality_table.method_cells("PAG", first, results)[3:7] == ["2.25", "0.60", f"{equal:.2f}", ""]
 
 
 def test_the_page_has_only_what_was_measured():
     choice, results = some_choice(), some_results()
     whole = quality_table.page(results, choice)
-    assert whole.count("\n| SAG + PAG |") == 4 and "| 24 | 4.17 (24) | 2.50 (" in whole
+    assert whole.count("\n| SAG + PAG |") == 4 and "| 24 | 3.75 (24) | 2.25 (" in whole
+    for text in (
+        "other samplers",
+        "| `heun` | 16 |",
+        "`dpmpp_2m_sde`, FD by steps",
+        "with classifier-free guidance",
+        "| 1.5 | PAG |",
+    ):
+        assert text in whole
     some = {row: result for row, result in results.items() if row.model == "emoji" and row.sampler == "euler"}
     part = quality_table.page(some, choice)
-    assert part.count("\n| SAG + PAG |") == 1 and "`dpmpp_2m`" not in part
+    assert part.count("\n| SAG + PAG |") == 1 and "`dpmpp_2m`" not in part and "heun" not in part
 
 
-def test_the_stored_page_and_picture_are_those_of_the_stored_rows():
+CURVE = {
+    e: {"evaluations": float(e), "measures": {"judge": {"fd": fd}}}
+    for e, fd in ((8, 20.0), (16, 10.0), (24, 9.0), (32, 8.0), (64, 6.0))
+}
+
+
+@pytest.mark.parametrize(("goal", "expected"), [(20.0, 8.0), (10.0, 16.0), (200**0.5, 128**0.5), (5.0, None)])
+def test_how_many_evaluations_reach_an_fd(goal, expected):
+    assert quality_table.reaches(CURVE, goal) == pytest.approx(expected)
+
+
+def test_classifier_free_guidance_of_equal_precision():
+    plain = [{"precision": p, "fd": fd} for p, fd in ((0.7, 10.0), (0.8, 6.0), (0.9, 8.0))]
+    at = functools.partial(quality_table.effective, plain=plain, scales=[1.0, 1.5, 3.0])
+    assert at({"precision": 0.8}) == ["1.50", "6.00"] and at({"precision": 0.85}) == ["2.25", "7.00"]
+    assert at({"precision": 0.65}) == ["below all", ""] and at({"precision": 0.95}) == ["above all", ""]
+
+
+def test_the_blocks_of_the_transformer_are_compared_at_equal_evaluations():
+    model = "emoji-flow"
+    row = Row(model, seeds=1, n=1000, schedule=frozen(quality_plan.SCHEDULES[model][-1]))
+    rows = [dataclasses.replace(row, sampler=s, steps=k) for s in quality_plan.MAIN for k in quality_plan.PLAIN_STEPS]
+    ways = [quality_plan.starts(model, method, {}) for method in quality_plan.KINDS]
+    rows += [dataclasses.replace(row, sampler=s, directions=way) for s in quality_plan.MAIN for each in ways for way in each]
+    results = {}
+    for one in rows:  # at equal evaluations each is twice as good, skipping block 3 four times
+        skips = "SkipBlock" in str(one.directions) and "blocks.3" in str(one.directions)
+        fd = 100 / one.evaluations / (4 if skips else 2 if one.directions else 1)
+        results[one] = {"measures": {"judge": {"fd": fd}}, "evaluations": one.evaluations}
+    lines = quality_table.block_table(results, some_choice(), model).splitlines()
+    assert lines[2] == "| 0 |" + " 0.50, 0.50 |" * 5 and lines[5] == "| 3 |" + " 0.50, 0.50 |" * 4 + " 0.25, 0.25 |"
+    assert quality_table.block_table(dict(list(results.items())[:-1]), some_choice(), model) == ""
+
+
+def test_the_stored_page_and_pictures_are_those_of_the_stored_rows():
     stored = quality_table.load(ROOT / "benchmarks")
-    assert (ROOT / "docs/quality.md").read_text() == quality_table.page(*stored)
-    figure = quality_plot.draw(quality_table.along(*stored, "emoji", "euler"))
-    assert [text.get_text() for text in figure.axes[0].texts] == ["plain", "SAG", "PAG", "SAG + PAG"]
-    with Image.open(ROOT / "docs/evaluations.png") as image:
-        assert image.size == tuple(figure.canvas.get_width_height())
+    gpus = (ROOT / "benchmarks/quality_gpus.jsonl").read_text().splitlines()
+    assert (ROOT / "docs/quality.md").read_text() == quality_table.page(*stored, gpus)
+    for name, draw in (("evaluations", quality_plot.small), ("curves", quality_plot.large)):
+        figure = draw(functools.partial(quality_table.along, *stored))
+        for axes in figure.axes:
+            assert {line.get_label() for line in axes.lines} >= {"plain", "SAG", "PAG", "SAG + PAG"}, axes.get_title()
+            assert all(len(line.get_xdata()) >= quality_table.ENOUGH for line in axes.lines)
+        with Image.open(ROOT / f"docs/{name}.png") as image:
+            assert image.size == tuple(figure.canvas.get_width_height())
 
 
 # The classifier
