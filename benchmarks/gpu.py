@@ -1,4 +1,4 @@
-"""What does a guided step cost on a GPU, and how near is it to the passes it cannot avoid?  `python benchmarks/gpu.py`
+"""How long does a guided step take on a GPU, and how much does ksag add to the model's calls?  `python benchmarks/gpu.py`
 
 On diffusers' models at the shapes of Stable Diffusion 1.5, XL and 3 medium, and Flux dev, with random weights, side by side in one
 run, eager and as CUDA graphs: plain classifier-free guidance (one pass of 2B), ksag's forms, and the bare passes that each cannot
@@ -7,9 +7,9 @@ For Stable Diffusion 1.5 diffusers' own SAG pipeline is timed too, and with --co
 
 Times are medians of CUDA events over rounds in which each form takes one step from an idle GPU, in random order, launched on one
 core of the host (Linux). CUDA graphs take several steps in a row (12 with Stable Diffusion 1.5, otherwise 3), since under a sampler
-the host runs ahead of the GPU from the second step on; steps of which every third is another take as many, at least 3; the
-pipeline takes two, of which the second counts. Ratios are medians and quartiles of the rounds' ratios. Memory is the peak above
-the weights. Writes gpu.md and gpu.json; a case that gpu.json holds is not measured again.
+the host runs ahead of the GPU from the second step on. The form with `every=3` takes at least three, since only every third step
+computes the direction. diffusers' pipeline takes two, of which the second counts. Ratios are medians and quartiles of the rounds'
+ratios. Memory is the peak above the weights. Writes gpu.md and gpu.json; a case that gpu.json holds is not measured again.
 """
 
 import contextlib

@@ -6,11 +6,11 @@ trained on. `choose` tries settings on one set of seeds; `report` measures the c
 first; `quality_plan.py` says which. Every row is appended to quality.jsonl as soon as it is measured and is not measured again, so
 that either command continues where it was stopped. On four GPUs, replace `python` with `torchrun --standalone --nproc-per-node 4`.
 
-A set of seeds is batches of noise drawn on the device, from one generator per batch (the Brownian tree of an SDE sampler has one
-seed per batch too), so that all rows of a set start from, and add, the same noise. On a GPU, the network runs under autocast in
-float16, the parts of it that no direction reads or changes are compiled, and it gets 500 samples at a time, so that the compiled
-code serves every row. All else is float32. Samples are rounded to 8 bits. Evaluations are counted: one for each sample that goes
-through the network.
+A set of seeds fixes the noise of every batch: it is drawn on the device by one generator per batch (the Brownian tree of an SDE
+sampler has one seed per batch too), so that all rows of a set start from, and add, the same noise. On a GPU, the network runs under
+autocast in float16, the parts of it that no direction reads or changes are compiled, and it gets 500 samples at a time, so that the
+compiled code serves every row. All else is float32. Samples are rounded to 8 bits. Evaluations are counted: one for each sample
+that goes through the network.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Which rows the quality benchmark measures: the settings that `choose` tries, and the tables of `report`.
 
 `choose` tries the same number of settings for each method, on seeds that `report` does not use: first those that are written here
-(three on the UNet, every block on the transformer), then the best of them stronger and weaker, and at other noise levels. If even
-the best is worse than plain sampling, only weaker ones follow. SAG + PAG starts from the best of both. The score of a setting is
-the mean over the samplers of log(FD / FD of plain sampling at the same number of evaluations).
+(three on the UNet, every block on the transformer), then, as far as the number allows, the best of them stronger, weaker, and at
+other noise levels. If even the best is worse than plain sampling, only weaker ones follow. SAG + PAG starts from the best of both.
+The score of a setting is the mean over the samplers of log(FD / FD of plain sampling at the same number of evaluations).
 """
 
 import json

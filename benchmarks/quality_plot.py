@@ -10,11 +10,16 @@ from pathlib import Path
 import click
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from quality_rows import Result
 from quality_table import HERE, PLAIN, SAMPLED, TITLES, Curves, along, fd, load, seconds
 
-STYLES = {PLAIN: "#777777", "SAG": "#e07b00", "SAG, one pass": "#8a5a00", "PAG": "#2a78c2", "SAG + PAG": "#b3123f"}
-FDS = (4, 5, 6, 8, 10, 15, 20, 30, 40)
+STYLES = {
+    PLAIN: ("#777777", "o-"), "SAG": ("#e07b00", "s-"), "SAG, one pass": ("#7a4a00", "^--"), "PAG": ("#2a78c2", "D-"),
+    "SAG + PAG": ("#b3123f", "v-"),
+}  # fmt: skip
+"""Each method's colour, and its marker and line."""
+FDS = (4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 40)
 COSTS: dict[str, tuple[Callable[[Result], float], tuple[float, ...]]] = {
     "model evaluations per picture": (lambda result: float(result["evaluations"]), (8, 16, 32, 64, 128)),
     "seconds for 1,000 pictures": (seconds, (0.25, 0.5, 1, 2, 4, 8)),
@@ -25,12 +30,13 @@ COSTS: dict[str, tuple[Callable[[Result], float], tuple[float, ...]]] = {
 def draw_curves(axes: Axes, curves: Curves, label: str, title: str) -> None:
     """FD against one kind of cost."""
     cost, ticks = COSTS[label]
-    for name, color in STYLES.items():
+    for name, (color, line) in STYLES.items():
         if name in curves:
             x, y = zip(*((cost(result), fd(result)) for result in curves[name].values()), strict=True)
-            axes.plot(x, y, "o-", color=color, markersize=4, linewidth=1.8, label=name)
+            axes.plot(x, y, line, color=color, markersize=4, linewidth=1.6, label=name)
     axes.set(xscale="log", yscale="log", title=title, xlim=(ticks[0] / 1.15, ticks[-1] * 1.15))
-    for axis, shown in ((axes.xaxis, ticks), (axes.yaxis, FDS)):
+    low, high = axes.get_ylim()
+    for axis, shown in ((axes.xaxis, ticks), (axes.yaxis, [tick for tick in FDS if low <= tick <= high])):
         axis.set_ticks(shown, [f"{tick:g}" for tick in shown])
         axis.set_ticks([], minor=True)
     axes.grid(color="#e4e4e4")
@@ -52,7 +58,7 @@ def small(of: Callable[[str, str], Curves]) -> Figure:
     """Both models with `euler`, FD against evaluations."""
     figure = Figure(figsize=(9, 4.3), dpi=180, facecolor="white", layout="constrained")
     for axes, (model, title) in zip(figure.subplots(1, 2, sharey=True), TITLES.items(), strict=True):
-        draw_curves(axes, of(model, "euler"), next(iter(COSTS)), title)
+        draw_curves(axes, of(model, "euler"), next(iter(COSTS)), f"{title}, euler")
     figure.axes[1].set_ylabel("")
     add_legend(figure)
     return figure
@@ -60,9 +66,9 @@ def small(of: Callable[[str, str], Curves]) -> Figure:
 
 def large(of: Callable[[str, str], Curves]) -> Figure:
     """A column for each sampler, and two rows for each model."""
-    figure = Figure(figsize=(11, 14), dpi=130, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(11, 14), dpi=130, facecolor="white", layout=ConstrainedLayoutEngine(hspace=0.06))
     rows = [(model, label) for model in TITLES for label in COSTS]
-    for of_row, (model, label) in zip(figure.subplots(len(rows), len(SAMPLED), sharey="row"), rows, strict=True):
+    for of_row, (model, label) in zip(figure.subplots(len(rows), len(SAMPLED)), rows, strict=True):
         for axes, sampler in zip(of_row, SAMPLED, strict=True):
             draw_curves(axes, of(model, sampler), label, f"{TITLES[model].split(' trained')[0]}, {sampler}")
             if axes is not of_row[0]:

@@ -2,7 +2,7 @@
 
 Writes docs/quality.md from quality.jsonl and quality_choice.json: for each model and sampler all methods at 24 steps, then the
 settings of the methods, FD by steps, the other samplers, classifier-free guidance, and the transformer's blocks. Only rows that
-were measured appear. The stored page also has the evaluations a second of quality_gpus.jsonl.
+were measured appear. The last table comes from quality_gpus.jsonl, if it is there: rows of one GPU alone, and beside another.
 """
 
 import itertools
@@ -229,12 +229,18 @@ def cfg_table(results: Results, choice: Choice, model: str, sampler: str) -> str
 
 
 def effective(measures: dict[str, float], plain: list[dict[str, float]], scales: list[float]) -> list[str]:
-    """The cond_scale at which plain classifier-free guidance has this precision, and its FD there, both interpolated."""
-    precisions = np.maximum.accumulate([one["precision"] for one in plain])
-    if not precisions[0] <= measures["precision"] <= precisions[-1]:
-        return [f"{'below' if measures['precision'] < precisions[0] else 'above'} all", ""]
-    place = np.interp(measures["precision"], precisions, np.arange(len(plain)))
-    scale, distance = (np.interp(place, np.arange(len(plain)), values) for values in (scales, [one["fd"] for one in plain]))
+    """The cond_scale at which plain classifier-free guidance has this precision, and its FD there, both interpolated.
+
+    Precision rises and falls with cond_scale: of several places, the one with the lowest FD.
+    """
+    goal, precisions, places = measures["precision"], [one["precision"] for one in plain], []
+    for (p0, s0, f0), (p1, s1, f1) in itertools.pairwise(zip(precisions, scales, (one["fd"] for one in plain), strict=True)):
+        if min(p0, p1) <= goal <= max(p0, p1):
+            part = (goal - p0) / (p1 - p0) if p1 != p0 else 0.0
+            places.append((f0 + part * (f1 - f0), s0 + part * (s1 - s0)))
+    if not places:
+        return [f"{'below' if goal < min(precisions) else 'above'} all", ""]
+    distance, scale = min(places)
     return [f"{scale:.2f}", f"{distance:.2f}"]
 
 
@@ -320,8 +326,8 @@ def page(results: Results, choice: Choice, gpus: Sequence[str] = ()) -> str:
 @click.argument("folder", default=HERE, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", default=HERE.parent / "docs/quality.md", type=click.Path(path_type=Path), help="The page to write.")
 def main(folder: Path, out: Path) -> None:
-    gpus = HERE / "quality_gpus.jsonl"
-    out.write_text(page(*load(folder), gpus.read_text().splitlines() if folder == HERE else ()))
+    gpus = folder / "quality_gpus.jsonl"
+    out.write_text(page(*load(folder), gpus.read_text().splitlines() if gpus.exists() else ()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A direction of our own for the quality benchmark: away from the prediction without some of the model's blocks.
+"""A custom direction for the quality benchmark: away from a prediction that leaves out some of the model's blocks.
 
-As skip layer guidance does for Stable Diffusion 3.5. A block is a residual block, so that its input can stand for its output.
+Skip layer guidance does the same for Stable Diffusion 3.5. The blocks are residual, so a block's input can replace its output.
 """
 
 import math

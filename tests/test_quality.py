@@ -280,6 +280,8 @@ def test_classifier_free_guidance_of_equal_precision():
     at = functools.partial(quality_table.effective, plain=plain, scales=[1.0, 1.5, 3.0])
     assert at({"precision": 0.8}) == ["1.50", "6.00"] and at({"precision": 0.85}) == ["2.25", "7.00"]
     assert at({"precision": 0.65}) == ["below all", ""] and at({"precision": 0.95}) == ["above all", ""]
+    falls = [{"precision": p, "fd": fd} for p, fd in ((0.8, 10.0), (0.9, 6.0), (0.7, 8.0))]  # 0.85 is there twice
+    assert quality_table.effective({"precision": 0.85}, falls, [1.0, 1.5, 3.0]) == ["1.88", "6.50"]
 
 
 def test_the_blocks_of_the_transformer_are_compared_at_equal_evaluations():

@@ -85,9 +85,9 @@ def saliency(q: Tensor, k: Tensor, scale: float, image: slice | None = None, mas
 def _flash_can(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     """Whether flash attention's kernels can compute it, and it takes more than one chunk otherwise."""
     (b, heads, queries, dim), keys = q.shape, k.shape[2]
-    if not q.is_cuda or mask is not None or dim % 8 or b * heads * queries * keys <= MAX_LOGITS:
+    if not q.is_cuda or mask is not None or b * heads * queries * keys <= MAX_LOGITS:
         return False
-    if torch.compiler.is_compiling():  # which cannot trace the question below
+    if dim % 8 or dim > 192 or torch.compiler.is_compiling():  # no kernel on some GPUs; a question that cannot be traced
         return False
     return can_use_flash_attention(SDPAParams(q, k, k, None, 0.0, False, False))
 
