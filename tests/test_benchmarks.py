@@ -293,6 +293,7 @@ def test_the_performance_page_has_the_overhead_on_a_cpu():
 
     forms = "SAG", "SAG, one_pass", "PAG", "SAG, one_pass + PAG"
     exact, one, pag, both = medians("", *forms)
+    assert f"the medians of {len(times['SAG'])} rounds over the floor" in flat("docs/performance.md")
     assert f"are {exact} for SAG, {one} in one pass, {pag} for PAG, and {both} for SAG in one pass with PAG" in flat(
         "docs/performance.md"
     )
