@@ -3,10 +3,12 @@
 import k_diffusion as K
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ksag
 from ksag.adapters.diffusers import denoiser as as_denoiser
+from ksag.model.module_edit import ModuleTap
 from ksag.samplers import sample
 from tests import forms
 from tests.diffusers_pipelines import scheduler
@@ -146,3 +148,11 @@ def test_compiled_before_wrapping_is_a_clear_error(compile_):
 def test_a_compiled_denoiser_is_a_clear_error():
     with pytest.raises(RuntimeError, match="compiled before it was wrapped"):
         ksag.SAGDenoiser(torch.compile(forms.tiny(), backend="eager"))  # type: ignore
+
+
+def test_a_hook_on_a_module_sees_that_what_holds_it_was_compiled():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    tap = ModuleTap(model, "0.0")
+    assert not tap.is_compiled(model)
+    model[0] = torch.compile(model[0], backend="eager")
+    assert tap.is_compiled(model)

@@ -362,15 +362,6 @@ def test_few_pictures_are_a_warning(tmp_path, judged, monkeypatch):
     assert "enough has" not in result.output and result.exit_code == 0
 
 
-def test_features_of_other_weights_have_another_name(tmp_path, monkeypatch):
-    """So that no cache or statistics mix them. The network is a stand-in, since Inception's weights are not here."""
-    monkeypatch.setattr("torch_fidelity.utils.create_feature_extractor", lambda *_, **__: nn.Identity())
-    for name in "ab":
-        (tmp_path / name).write_text(name)
-    names = {features.load_extractor("inception", "cpu", weights).name for weights in (None, tmp_path / "a", tmp_path / "b")}
-    assert len(names) == 3 and all("inception-v3-compat" in name for name in names)
-
-
 def test_statistics_of_other_features_are_refused_before_anything_is_computed(tmp_path, judged, two_sets):
     evaluate.statistics(two_sets[0], "others").save(tmp_path / "others.safetensors")
     folder, calls = make_folder(tmp_path / "a", 4), features.load_extractor("means").network.calls

@@ -87,7 +87,9 @@ def _flash_can(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     (b, heads, queries, dim), keys = q.shape, k.shape[2]
     if not q.is_cuda or mask is not None or b * heads * queries * keys <= MAX_LOGITS:
         return False
-    if dim % 8 or dim > 192 or torch.compiler.is_compiling():  # no kernel on some GPUs; a question that cannot be traced
+    if dim % 8 or dim > 192 or torch.are_deterministic_algorithms_enabled():  # no kernel on some GPUs; one that takes much memory
+        return False
+    if torch.compiler.is_compiling():  # which cannot trace the next question
         return False
     return can_use_flash_attention(SDPAParams(q, k, k, None, 0.0, False, False))
 

@@ -45,7 +45,6 @@ def features_of(folder: Path, extractor: Extractor, device: torch.device, batch_
 @click.option("--features", "name", type=click.Choice(list(EXTRACTORS)), default="emoji",
               help="The bundled classifier of emoji of 64 × 64, Inception-v3 (the usual FID), or DINOv2 ViT-B/14. The last two "
               "need torch-fidelity, the extra ksag[evaluate].")  # fmt: skip
-@click.option("--weights", type=click.Path(path_type=Path), help="A file of these features' weights, instead of a download.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False),
               help="Write the results to this file too; - prints them.")  # fmt: skip
 @click.option("--save-statistics", type=click.Path(path_type=Path, dir_okay=False),
@@ -56,7 +55,7 @@ def features_of(folder: Path, extractor: Extractor, device: torch.device, batch_
               help="Keeps the features of pictures, by their contents.", show_default="~/.cache/ksag/features")  # fmt: skip
 @click.option("--no-cache", is_flag=True, help="Compute all features, and keep none.")
 def command(
-    folders: tuple[Path, ...], reference: Path | None, name: str, weights: Path | None, json_path: Path | None,
+    folders: tuple[Path, ...], reference: Path | None, name: str, json_path: Path | None,
     save_statistics: Path | None, device: torch.device, batch_size: int, cache: Path, no_cache: bool,
 ) -> None:  # fmt: skip
     """How close are the pictures in each FOLDER to a reference?
@@ -67,7 +66,7 @@ def command(
     compare equal numbers, thousands of them.
     """
     if reference is None:
-        if name != "emoji" or weights is not None:
+        if name != "emoji":
             raise click.UsageError("--reference is missing: only the bundled features have a bundled reference.")
         reference = evaluate.STATISTICS
     counts = {folder: len(evaluate.pictures_in(folder)) for folder in folders}  # an error now, not after the first folders
@@ -81,7 +80,7 @@ def command(
     if few := {folder: n for folder, n in counts.items() if n < FEW}:
         listed = ", ".join(f"{folder} has {n}" for folder, n in few.items())
         click.echo(f"Warning: {listed}. With fewer than {FEW:,} pictures, FD is too high and varies between sets.", err=True)
-    extractor = features.load_extractor(name, device, weights)
+    extractor = features.load_extractor(name, device)
     kept = None if no_cache else cache
     if reference.is_dir():
         known = evaluate.statistics(features_of(reference, extractor, device, batch_size, kept), extractor.name)

@@ -4,7 +4,6 @@ The bundled one is a small classifier of emoji of 64 × 64, trained independentl
 torch-fidelity (the extra `ksag[evaluate]`), which downloads their weights.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,13 +110,12 @@ def load_classifier(path: str | os.PathLike[str] = CLASSIFIER, device: str | tor
     return Extractor(f"emoji-{metadata['sha256'][:12]}", classifier.eval().requires_grad_(False).to(device), (64, 64))
 
 
-def load_extractor(name: str, device: str | torch.device = "cpu", weights: str | os.PathLike[str] | None = None) -> Extractor:
+def load_extractor(name: str, device: str | torch.device = "cpu") -> Extractor:
     """Features by name.
 
     Args:
         name: "emoji", the bundled classifier; "inception", the Inception-v3 of the usual FID; or "dinov2", DINOv2 ViT-B/14.
         device: where to put the network.
-        weights: a file of weights instead of the bundled or downloaded ones. Not for DINOv2.
 
     Raises:
         ImportError, OSError, ValueError: torch-fidelity or a file is missing, a file is damaged, or there is no such name.
@@ -125,20 +123,15 @@ def load_extractor(name: str, device: str | torch.device = "cpu", weights: str |
     if name not in EXTRACTORS:
         raise ValueError(f"There are no features called {name!r}: give one of {', '.join(EXTRACTORS)}.")
     if name == "emoji":
-        return load_classifier(CLASSIFIER if weights is None else weights, device)
-    if name == "dinov2" and weights is not None:
-        raise ValueError("torch-fidelity loads DINOv2 by torch.hub only: set TORCH_HOME to the folder that holds it instead.")
+        return load_classifier(device=device)
     try:
         from torch_fidelity.utils import create_feature_extractor
     except ImportError as error:
         raise ImportError(f"{name}'s features come from torch-fidelity. In a clone of ksag: pip install '.[evaluate]'") from error
     layer = {"inception": "2048", "dinov2": "dinov2"}[name]
-    path = None if weights is None else os.fspath(weights)
-    options = {"cuda": False, "verbose": False, "feature_extractor_weights_path": path}
     try:
-        network = create_feature_extractor(EXTRACTORS[name], [layer], **options)
+        network = create_feature_extractor(EXTRACTORS[name], [layer], cuda=False, verbose=False)
     except OSError as error:
         raise OSError(f"The weights of {name} could not be loaded or downloaded: {error}") from error
-    own = "" if path is None else f" ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]})"  # no other weights' cache
     network.register_forward_hook(lambda _, args, layers: layers[0])
-    return Extractor(EXTRACTORS[name] + own, network.eval().requires_grad_(False).to(device))
+    return Extractor(EXTRACTORS[name], network.eval().requires_grad_(False).to(device))

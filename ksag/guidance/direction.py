@@ -55,7 +55,8 @@ class Call:
         self.options = options
         """The direction's settings, or those that this call gave in their place."""
         self.denoise = denoise
-        """Asks the model once more, under `uncond`: noisy latent → denoised latent. It may overwrite u and g."""
+        """Asks the model once more, under `uncond`: noisy latent → denoised latent. It may overwrite u, g, the answers and what an
+        earlier `denoise` returned."""
         self.u = self.g = x
         """The predictions for uncond and cond, (b, c, *spatial), once they are there."""
         self.saliency: Any = None
@@ -68,7 +69,8 @@ class Call:
         self.parts: dict[str, Tensor] = {}
 
     def last(self, like: Tensor) -> Tensor:
-        """The tensor that this direction passed to `remember` at the run's last call; zeros for samples that begin a run."""
+        """The tensor that this direction passed to `remember` at the run's last call; zeros for samples that begin a run. Call it
+        before `remember`."""
         if self._last is None or (self._last.shape, self._last.dtype) != (like.shape, like.dtype):
             self._last = self._memory.last(self.sigma, like)
         return self._last

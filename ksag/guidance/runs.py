@@ -69,7 +69,7 @@ class Memory:
 
     def keep(self, sigma: Tensor, value: Tensor) -> None:
         """Keeps `value`, (b, c, *spatial), of a call at `sigma`, (b,), for the next call."""
-        self._kept = Kept(RISE * sigma.detach(), value.detach())
+        self._kept = Kept(RISE * sigma.detach(), value.detach().clone())  # the model may write to it again
 
     def clear(self) -> None:
         self._kept = None

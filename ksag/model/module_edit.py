@@ -56,6 +56,7 @@ class ModuleTap:
         self.path = names[0]
         parts = self.path.split(".")
         self._root, self._around = inner_model, [inner_model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+        self._links = list(zip(self._around[:-1], parts, self._around[1:], strict=True))
         compiled.refuse(self._around, self.path)
         remove_copied_hooks(inner_model)
         self._visit: PerThread[ModuleVisit | None] = PerThread(lambda: None)
@@ -70,7 +71,8 @@ class ModuleTap:
         return ModuleVisit(self.path, [Rows(*edit) for edit in edits])
 
     def is_compiled(self, inner_model: nn.Module) -> bool:
-        return inner_model is not self._root or any(map(compiled.is_compiled, self._around))
+        replaced = any(parent._modules.get(name) is not child for parent, name, child in self._links)
+        return replaced or inner_model is not self._root or any(map(compiled.is_compiled, self._around))
 
     def begin_call(self) -> None:
         """Nothing is counted here."""
