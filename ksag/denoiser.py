@@ -24,7 +24,7 @@ from ksag.guidance.trace import Trace
 from ksag.model import checks, keywords
 from ksag.model.conditioning import Conditioning
 from ksag.model.graphs import CUDAGraphs
-from ksag.model.parameters import CHECKS, PARAMETERS, finite, flag
+from ksag.model.parameters import CHECKS, finite, flag
 from ksag.model.passes import Found, Part, Passes
 from ksag.model.threads import Fixed, PerThread
 
@@ -316,4 +316,5 @@ class SAGDenoiser(GuidedDenoiser):
         return self._hooks.attention[0]
 
     def _settings(self) -> dict[str, Any]:
-        return {"attention": self.tap.path, **{name: getattr(self, name) for name in PARAMETERS}}
+        names = ("sag_scale", "blur_sigma", "blur_kernel_size", "mask_threshold", "sigma_range", "one_pass", "every", *CHECKS)
+        return {"attention": self.tap.path, **{name: getattr(self, name) for name in names}}

@@ -6,11 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-T_MAX = 0.9999
-"""The largest t that a `FlowDenoiser` gives its model; sigma is infinite at t = 1."""
-
 SIGMA_MAX = 9999.0
-"""The sigma of `T_MAX`."""
+"""The largest sigma, that of t = 0.9999; at t = 1 it is infinite."""
 
 
 class FlowDenoiser(nn.Module):

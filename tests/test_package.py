@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import ksag
-from ksag.commands import versions
+from ksag.commands import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,8 +91,8 @@ def test_the_version_option_says_what_a_bug_report_needs():
 
 
 def test_a_package_that_is_missing_has_no_version(monkeypatch):
-    monkeypatch.setattr(versions, "PACKAGES", ("no-such-package",))
-    assert versions.versions().endswith("\nno-such-package not installed")
+    monkeypatch.setattr(cli, "PACKAGES", ("no-such-package",))
+    assert cli.versions().endswith("\nno-such-package not installed")
 
 
 def test_the_readmes_example_runs(tmp_path, monkeypatch):

@@ -1,14 +1,30 @@
 """The command `ksag`."""
 
 import importlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
 
-from ksag.commands.versions import version_option
+from ksag import __version__
 
 COMMANDS = ("demo", "sample", "evaluate")
 """Each is `command` in the module of its name in `ksag.commands`."""
+PACKAGES = ("torch", "torchvision", "k-diffusion", "einops", "diffusers", "transformers")
+
+
+def versions() -> str:
+    """The versions of ksag, Python and the packages that it runs on, one a line, for bug reports. Imports none of the packages."""
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    python = f"python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return "\n".join([f"ksag {__version__}", python, *(f"{name} {installed(name)}" for name in PACKAGES)])
 
 
 def is_ours(error: BaseException) -> bool:
@@ -47,7 +63,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@version_option
+@click.version_option(message=versions(), help="Show the versions of ksag, Python and the packages that it runs on, and exit.")
 def main() -> None:
     """Self-Attention Guidance (SAG), PAG and SEG for k-diffusion samplers.
 

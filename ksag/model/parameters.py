@@ -1,6 +1,6 @@
-"""The parameters of `SAGDenoiser`, once: their names, defaults and checks.
+"""The checks of the settings: each returns the value as it is kept, or raises a ValueError that says what was expected.
 
->>> PARAMETERS["sag_scale"].check("strong")
+>>> sag_scale("strong")
 Traceback (most recent call last):
 ValueError: sag_scale must be a number, got the str 'strong'.
 """
@@ -9,7 +9,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -144,25 +144,3 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "shared_kwargs": names,
 }
 """The settings of a `GuidedDenoiser` itself → their checks."""
-
-
-class Parameter(NamedTuple):
-    check: Callable[[Any], Any]
-    """value → the value as it is kept; raises a ValueError that says what came and what was expected."""
-    per_call: bool = False
-    """Whether a call may give it too, in place of the constructor's."""
-
-
-PARAMETERS = {
-    "sag_scale": Parameter(sag_scale, per_call=True),
-    "blur_sigma": Parameter(blur_sigma, per_call=True),
-    "blur_kernel_size": Parameter(blur_kernel_size),
-    "mask_threshold": Parameter(mask_threshold, per_call=True),
-    "sigma_range": Parameter(sigma_range),
-    "one_pass": Parameter(flag("one_pass")),
-    "every": Parameter(every),
-    **{name: Parameter(check) for name, check in CHECKS.items()},
-}
-"""The settings of `SAGDenoiser`, in the order in which they are shown. Their defaults are in its signature."""
-
-PER_CALL = tuple(name for name, parameter in PARAMETERS.items() if parameter.per_call)

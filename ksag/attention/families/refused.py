@@ -1,10 +1,7 @@
 """Attention that ksag cannot guide by, and why."""
 
 import re
-from collections.abc import Callable
-from typing import Any, TypeAlias
-
-from torch import nn
+from typing import Any
 
 from ksag.attention.families.family import Family, has_modules
 
@@ -17,47 +14,24 @@ BY_NAME = {
 """The class of the layer → why."""
 
 
-def _is_linear(layer: Any) -> bool:
-    # Sana's processors, lucidrains' modules
-    return bool(re.search("Linear.*Att", f"{type(layer).__name__} {type(getattr(layer, 'processor', None)).__name__}"))
-
-
-def _is_differential(layer: Any) -> bool:
-    return has_modules(layer, "to_out") and bool(getattr(layer, "differential", False))
-
-
-def _is_local(layer: Any) -> bool:
-    # HDiT's upper levels
-    return has_modules(layer, "qkv_proj", "out_proj") and (hasattr(layer, "kernel_size") or hasattr(layer, "window_size"))
-
-
-def _is_torch(layer: Any) -> bool:
-    return type(layer).__module__.startswith("torch.nn.")
-
-
-def _mixes_sequences(layer: Any) -> bool:
-    return hasattr(layer, "processor") and getattr(layer, "added_kv_proj_dim", None) is not None
-
-
-def _attends_elsewhere(layer: Any) -> bool:
-    # what the families leave out: attn2, a time_stack, attn1 where a flag makes it cross-attention
-    return bool(getattr(layer, "is_cross_attention", False)) or (hasattr(layer, "to_q") and hasattr(layer, "heads"))
-
-
-Reasons: TypeAlias = tuple[tuple[Callable[[Any], bool], str], ...]
-ALWAYS: Reasons = (
-    (_is_linear, "linear attention has no softmax, so that nothing says how much attention a token receives"),
-    (_is_differential, "it subtracts one attention from another"),
-)
-OF_NO_FAMILY: Reasons = (
-    (_is_local, "it attends within a neighbourhood or a window, and never relates all tokens to all"),
-    (_is_torch, "its queries and keys cannot be read from outside"),
-    (_mixes_sequences, "it attends to text and image in an order that ksag does not know"),
-    (_attends_elsewhere, "it attends to the text, or from frame to frame"),
-)
-
-
-def refusal(layer: nn.Module, family: Family | None) -> str | None:
+def refusal(layer: Any, family: Family | None) -> str | None:
     """Why a layer is refused; None if its family, or its call of `F.scaled_dot_product_attention`, may read it."""
-    reasons = ALWAYS if family else (*ALWAYS, *OF_NO_FAMILY)
-    return BY_NAME.get(type(layer).__name__) or next((reason for matches, reason in reasons if matches(layer)), None)
+    name, processor = type(layer).__name__, type(getattr(layer, "processor", None)).__name__
+    if name in BY_NAME:
+        return BY_NAME[name]
+    if re.search("Linear.*Att", f"{name} {processor}"):  # Sana's processors, lucidrains' modules
+        return "linear attention has no softmax, so that nothing says how much attention a token receives"
+    if has_modules(layer, "to_out") and getattr(layer, "differential", False):
+        return "it subtracts one attention from another"
+    if family is not None:
+        return None
+    if has_modules(layer, "qkv_proj", "out_proj") and (hasattr(layer, "kernel_size") or hasattr(layer, "window_size")):
+        return "it attends within a neighbourhood or a window, and never relates all tokens to all"  # HDiT's upper levels
+    if type(layer).__module__.startswith("torch.nn."):
+        return "its queries and keys cannot be read from outside"
+    if hasattr(layer, "processor") and getattr(layer, "added_kv_proj_dim", None) is not None:
+        return "it attends to text and image in an order that ksag does not know"
+    # what the families leave out: attn2, a time_stack, attn1 where a flag makes it cross-attention
+    if getattr(layer, "is_cross_attention", False) or (hasattr(layer, "to_q") and hasattr(layer, "heads")):
+        return "it attends to the text, or from frame to frame"
+    return None
