@@ -1,7 +1,7 @@
 """A hook on any module that replaces its output for some rows of the batch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +15,15 @@ Replace: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
 """A module's positional arguments, keywords and output, for some rows of the batch → the new output for them."""
 
 
-class Rows(NamedTuple):
-    """Rows of the batch whose output is replaced."""
-
-    start: int
-    stop: int
-    replace: Replace
-
-
 class ModuleVisit:
-    """One pass through a module: what is replaced, and how many rows have gone through."""
+    """One pass through a module: for which rows (start, stop) its output is replaced, and how many have gone through."""
 
-    def __init__(self, path: str, edits: Sequence[Rows]):
-        self.path, self.edits, self.done = path, tuple(edits), 0
+    def __init__(self, path: str, edits: Sequence[tuple[int, int, Replace]]):
+        self.path, self.edits, self.done = path, edits, 0
 
     def finish(self) -> None:
         """Raises a RuntimeError if the module did not run for all rows."""
-        total = max(edit.stop for edit in self.edits)
+        total = max(stop for _, stop, _ in self.edits)
         if self.done < total:
             raise RuntimeError(f"{self.path!r} ran for {self.done} of {total} samples while inner_model ran.")
 
@@ -68,7 +60,7 @@ class ModuleTap:
     to_check = False
 
     def visit(self, read: int, edits: Sequence[tuple[int, int, Replace]], dims: int) -> ModuleVisit:
-        return ModuleVisit(self.path, [Rows(*edit) for edit in edits])
+        return ModuleVisit(self.path, edits)
 
     def is_compiled(self, inner_model: nn.Module) -> bool:
         replaced = any(parent._modules.get(name) is not child for parent, name, child in self._links)
@@ -91,11 +83,11 @@ class ModuleTap:
         if visit is None:
             return None
         n = next(leaf.shape[0] for _, leaf in leaves(output) if isinstance(leaf, Tensor))
-        for edit in visit.edits:
-            start, stop = max(edit.start - visit.done, 0), min(edit.stop - visit.done, n)
+        for first, end, replace in visit.edits:
+            start, stop = max(first - visit.done, 0), min(end - visit.done, n)
             if start < stop:
                 given = (_rows(tree, start, stop, n) for tree in (args, kwargs, output))
-                output = transform(lambda new, old, a=start, b=stop: _replaced(new, old, a, b, n), edit.replace(*given), output)
+                output = transform(lambda new, old, a=start, b=stop: _replaced(new, old, a, b, n), replace(*given), output)
         visit.done += n
         return output
 

@@ -157,6 +157,11 @@ def from_image(qkv: Tensor, heads: int, order: str) -> Attention:
     return Attention(q, k, v, q.shape[-1] ** -0.5, grid=tuple(qkv.shape[2:]))
 
 
+def reads_image(source: str, heads: str, order: str) -> Callable[[Any, Seen], Attention | None]:
+    """The `read` of a family whose q, k and v are the channels of what the submodule `source` returned."""
+    return lambda layer, seen: from_image(seen[source][0], getattr(layer, heads), order) if source in seen else None
+
+
 def from_tokens(q: Tensor, k: Tensor, v: Tensor | None, heads: int, scale: float | None = None) -> Attention:
     """q, k, v as sequences, (b, tokens, heads d), or with the heads split off already, (b, heads, tokens, d).
 

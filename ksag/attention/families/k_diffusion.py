@@ -7,17 +7,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ksag.attention.families.family import Attention, Family, Place, Seen, from_image, from_tokens, has_modules, stack, unet
+from ksag.attention.families.family import Attention, Family, Place, Seen, from_tokens, has_modules, reads_image, stack, unet
 
 # SelfAttention2d, in k-diffusion's ImageDenoiserModelV1 and in v-diffusion
 
 
 def _is_self_attention_2d(layer: Any, path: str, parent: nn.Module) -> bool:
     return isinstance(getattr(layer, "qkv_proj", None), nn.Conv2d) and hasattr(layer, "n_head")
-
-
-def _read_self_attention_2d(layer: Any, seen: Seen) -> Attention | None:
-    return from_image(seen["qkv_proj"][0], layer.n_head, "three heads d") if "qkv_proj" in seen else None
 
 
 _levels = unet(down="d_blocks", up="u_blocks")
@@ -35,7 +31,7 @@ SELF_ATTENTION_2D = Family(
     "k-diffusion SelfAttention2d",
     matches=_is_self_attention_2d,
     middle=_levels_or_nest,
-    read=_read_self_attention_2d,
+    read=reads_image("qkv_proj", "n_head", "three heads d"),
     projection="out_proj",
     merged="b heads (h w) d -> b (heads d) h w",
     outputs=("qkv_proj",),

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ksag.attention.families.family import Attention, Family, Seen, from_image, has_modules, unet
+from ksag.attention.families.family import Attention, Family, Seen, from_image, has_modules, reads_image, unet
 
 
 def _level(encoder: nn.Module, path: str) -> int:
@@ -24,15 +24,11 @@ def _is_edm(layer: Any, path: str, parent: nn.Module) -> bool:
     return has_modules(layer, "conv0", "conv1", "affine", "norm2", "qkv", "proj") and bool(getattr(layer, "num_heads", 0))
 
 
-def _read_edm(layer: Any, seen: Seen) -> Attention | None:
-    return from_image(seen["qkv"][0], layer.num_heads, "heads d three") if "qkv" in seen else None
-
-
 EDM = Family(
     "EDM UNetBlock",
     matches=_is_edm,
     middle=MIDDLE,
-    read=_read_edm,
+    read=reads_image("qkv", "num_heads", "heads d three"),
     projection="proj",
     merged="b heads (h w) d -> b (heads d) h w",
     outputs=("qkv",),

@@ -1,14 +1,13 @@
 """OpenAI: guided-diffusion (ADM), improved-diffusion, consistency models."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
 
-from ksag.attention.families.family import Attention, Family, Seen, from_image, unet
+from ksag.attention.families.family import Attention, Family, Seen, reads_image, unet
 
 
 def _level(input_blocks: nn.Module, path: str) -> int:
@@ -32,41 +31,29 @@ def _is_block(layer: Any, convolution: type) -> bool:
 # AttentionBlock. Only the class of the module that splits qkv says in which order the channels are
 
 
-def _is_legacy_order(layer: Any, path: str, parent: nn.Module) -> bool:
-    if not _is_block(layer, nn.Conv1d):
-        return False
+def _is_attention_block(layer: Any, path: str, parent: nn.Module) -> bool:
+    return _is_block(layer, nn.Conv1d) and type(layer.attention).__name__ in ("QKVAttention", "QKVAttentionLegacy")
+
+
+def _read(layer: Any, seen: Seen) -> Attention | None:
+    if "qkv" not in seen:
+        return None
     # improved-diffusion's QKVAttention is called with the heads split off already, and does not know them
-    name = type(layer.attention).__name__
-    return name == "QKVAttentionLegacy" or (name == "QKVAttention" and not hasattr(layer.attention, "n_heads"))
+    new = type(layer.attention).__name__ == "QKVAttention" and hasattr(layer.attention, "n_heads")
+    order = "three heads d" if new else "heads three d"
+    q, k, v = rearrange(seen["qkv"][0], f"b ({order}) tokens -> three b heads tokens d", three=3, heads=layer.num_heads)
+    return Attention(q, k, v, q.shape[-1] ** -0.5)
 
 
-def _is_new_order(layer: Any, path: str, parent: nn.Module) -> bool:
-    named = _is_block(layer, nn.Conv1d) and type(layer.attention).__name__ == "QKVAttention"
-    return named and hasattr(layer.attention, "n_heads")
-
-
-def _reads(order: str) -> Callable[[Any, Seen], Attention | None]:
-    def read(layer: Any, seen: Seen) -> Attention | None:
-        if "qkv" not in seen:
-            return None
-        q, k, v = rearrange(seen["qkv"][0], f"b ({order}) tokens -> three b heads tokens d", three=3, heads=layer.num_heads)
-        return Attention(q, k, v, q.shape[-1] ** -0.5)
-
-    return read
-
-
-LEGACY_ORDER, NEW_ORDER = (
-    Family(
-        "OpenAI AttentionBlock",
-        matches=matches,
-        middle=MIDDLE,
-        read=_reads(order),
-        projection="proj_out",
-        merged="b heads tokens d -> b (heads d) tokens",
-        outputs=("qkv",),
-        heads="num_heads",
-    )
-    for matches, order in ((_is_legacy_order, "heads three d"), (_is_new_order, "three heads d"))
+ATTENTION_BLOCK = Family(
+    "OpenAI AttentionBlock",
+    matches=_is_attention_block,
+    middle=MIDDLE,
+    read=_read,
+    projection="proj_out",
+    merged="b heads tokens d -> b (heads d) tokens",
+    outputs=("qkv",),
+    heads="num_heads",
 )
 
 
@@ -78,15 +65,11 @@ def _is_consistency_model(layer: Any, path: str, parent: nn.Module) -> bool:
     return _is_block(layer, nn.Conv2d) and type(layer.attention).__name__ in names
 
 
-def _read_consistency_model(layer: Any, seen: Seen) -> Attention | None:
-    return from_image(seen["qkv"][0], layer.num_heads, "three heads d") if "qkv" in seen else None
-
-
 CONSISTENCY_MODEL = Family(
     "OpenAI AttentionBlock (consistency models)",
     matches=_is_consistency_model,
     middle=MIDDLE,
-    read=_read_consistency_model,
+    read=reads_image("qkv", "num_heads", "three heads d"),
     projection="proj_out",
     merged="b heads (h w) d -> b (heads d) h w",
     outputs=("qkv",),
@@ -94,4 +77,4 @@ CONSISTENCY_MODEL = Family(
     computes_in=torch.float16,
 )
 
-FAMILIES = (LEGACY_ORDER, NEW_ORDER, CONSISTENCY_MODEL)
+FAMILIES = (ATTENTION_BLOCK, CONSISTENCY_MODEL)
