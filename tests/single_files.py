@@ -1,9 +1,22 @@
 """A diffusers pipeline → the single .safetensors file that CompVis's and Stability's code keeps it in, name by name."""
 
+import functools
 import re
 
 import torch
 from safetensors.torch import save_file
+
+
+def made_once(tmp_path_factory, finish):
+    """A function of a function that makes a pipeline in a folder: what `finish(pipe, folder)` returns of it, made once for each."""
+
+    @functools.cache
+    def pipeline(make):
+        folder = tmp_path_factory.mktemp(make.__name__)
+        return finish(make(folder), folder)
+
+    return pipeline
+
 
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",

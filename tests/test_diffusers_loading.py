@@ -1,6 +1,5 @@
 """Does `load` take a diffusers folder and a single file as they are, and say what another file lacks?"""
 
-import functools
 import pickle
 import shutil
 
@@ -24,7 +23,7 @@ from tests.diffusers_pipelines import (
     unet,
 )
 from tests.hostile_folders import Bomb, edit
-from tests.single_files import single_file
+from tests.single_files import made_once, single_file
 
 MAKERS = [stable_diffusion, stable_diffusion_2, stable_diffusion_inpainting, stable_diffusion_xl]
 
@@ -44,13 +43,9 @@ def no_hub(monkeypatch):
 def made(tmp_path_factory):
     """The pipeline that a function makes, its folder and the same as a single file. They are made once: copy what you change."""
 
-    @functools.cache
-    def pipeline(make):
-        path = tmp_path_factory.mktemp(make.__name__)
-        pipe = make(path)
-        return pipe, path / "pipe", single_file(pipe, path / "model.safetensors")
-
-    return pipeline
+    return made_once(
+        tmp_path_factory, lambda pipe, folder: (pipe, folder / "pipe", single_file(pipe, folder / "model.safetensors"))
+    )
 
 
 def parts(pipe):

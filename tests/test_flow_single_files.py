@@ -1,6 +1,5 @@
 """Does `load` take a single file of Stable Diffusion 3 or Flux, and say what another one lacks?"""
 
-import functools
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ from tests.diffusers_pipelines import stable_diffusion_xl
 from tests.flow_pipelines import flux, schnell, stable_diffusion_3
 from tests.hostile_folders import edit
 from tests.models import seeded
-from tests.single_files import flow_file
+from tests.single_files import flow_file, made_once
 
 
 def stable_diffusion_35(folder):
@@ -40,17 +39,14 @@ def narrow_flux(monkeypatch):
 def made(tmp_path_factory):
     """The pipeline that a function makes, and its folder. Norms get random weights, because all are one at first."""
 
-    @functools.cache
-    def pipeline(make):
-        path = tmp_path_factory.mktemp(make.__name__)
-        pipe = make(path)
+    def saved(pipe, folder):
         generator = torch.Generator().manual_seed(0)
         for parameter in pipe.transformer.requires_grad_(False).parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        pipe.save_pretrained(path / "pipe")
-        return pipe, path / "pipe"
+        pipe.save_pretrained(folder / "pipe")
+        return pipe, folder / "pipe"
 
-    return pipeline
+    return made_once(tmp_path_factory, saved)
 
 
 def assert_same(actual, expected, without=()):

@@ -361,7 +361,7 @@ def test_the_saliencys_working_set_is_bounded(shape):
     peak = torch.cuda.max_memory_allocated() - before
     copies = 4 * (q.numel() + k.numel())
     assert peak <= 3 * 4 * MAX_LOGITS + copies + 4 * 2**20
-    assert result.mean(1).sub(1).abs().max() < 1e-4  # through flash attention
+    assert result.mean(1).sub(1).abs().max() < 1e-5
 
 
 def check_agrees(result, eager, exact):

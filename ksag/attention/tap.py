@@ -24,7 +24,7 @@ from ksag.attention.families.family import Grid
 from ksag.attention.find import WATCHERS, find_attention, hint
 from ksag.attention.hooks import described_arguments, sources
 from ksag.attention.visit import Edit, Formula, Visit
-from ksag.model import compiled
+from ksag.model.compiled import Around
 from ksag.model.copied import copied, remove_copied_hooks
 from ksag.model.threads import PerThread
 
@@ -54,16 +54,11 @@ class AttentionTap:
 
     def __init__(self, inner_model: nn.Module, attention: str | nn.Module = "middle", check: bool = True):
         self.path, self.layer, self.family = find_attention(inner_model, attention)
-        self.root = inner_model
         self.grid: Grid | None = None
         self.checker = Checker(self.path, self.layer, self.family, check)
         self._hint = hint(inner_model, self.path)
         self._visit: PerThread[Visit | None] = PerThread(lambda: None)
-        names = self.path.split(".") if self.path else []
-        self._around = [inner_model.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
-        self._within = [*self._around, *self.layer.modules()]
-        self._links = list(zip(self._around[:-1], names, self._around[1:], strict=True))
-        compiled.refuse(self._within, self.path)
+        self._around = Around(inner_model, self.path, self.layer.modules())
         remove_copied_hooks(inner_model)
         self._sources: dict[str, nn.Module] = {}
         self._handles: list[Any] = []
@@ -76,7 +71,7 @@ class AttentionTap:
         self._sources, self._hooked = sources(self.layer, self.family), self._submodules()
         # A layer of no known family may resample inside, so that the nearest spatial input before its call can be a submodule's.
         inside = [] if self.family else [module for module in self.layer.modules() if module is not self.layer]
-        for module in (*self._around, *inside):
+        for module in (*self._around.modules, *inside):
             self._handles.append(module.register_forward_pre_hook(self._see_input, with_kwargs=True))
         self._handles.append(self.layer.register_forward_pre_hook(self._begin_layer, with_kwargs=True))
         for name, module in self._sources.items():
@@ -98,7 +93,7 @@ class AttentionTap:
         """Sets the hooks again if the layer's submodules were replaced: by a LoRA, or fused projections."""
         if self.closed or self._submodules() == self._hooked:
             return
-        if self.is_compiled(self.root):
+        if self.is_compiled(self._around.root):
             raise RuntimeError(
                 f"Submodules of {self.path!r} were replaced after it was wrapped (by a LoRA?), and it is compiled, so that new "
                 f"hooks would not run. Wrap the model again, then compile it."
@@ -123,8 +118,7 @@ class AttentionTap:
 
     def is_compiled(self, inner_model: nn.Module) -> bool:
         """Whether `inner_model` holds the layer inside something that was compiled after it was tapped."""
-        replaced = any(parent._modules.get(name) is not child for parent, name, child in self._links)
-        return replaced or inner_model is not self.root or any(map(compiled.is_compiled, self._within))
+        return self._around.is_compiled(inner_model)
 
     @property
     def to_check(self) -> bool:

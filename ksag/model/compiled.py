@@ -20,16 +20,36 @@ def is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None or forward
 
 
-def refuse(modules: Iterable[nn.Module], path: str) -> None:
-    """Raises a RuntimeError if one of them is compiled: hooks that are set on it, or inside it, from now on may never run."""
-    for module in modules:
-        if is_compiled(module):
-            raise RuntimeError(
-                f"The {type(module._modules.get('_orig_mod', module)).__name__} that holds {path!r} was compiled before it was "
-                f"wrapped, and a compiled model does not run hooks that are set later. Wrap first, compile afterwards: "
-                f"guided = ksag.SAGDenoiser(denoiser); denoiser.inner_model = torch.compile(unet). "
-                f"(The model as it was is torch.compile's result's ._orig_mod.)"
-            )
+class Around:
+    """The modules from a model down to one of them that gets hooks, as they were when the hooks were set.
+
+    Args:
+        root: the model.
+        path: the module's dotted path in it.
+        inside: modules inside that one which get hooks too.
+
+    Raises:
+        RuntimeError: one of them is compiled already, so that hooks that are set from now on may never run.
+    """
+
+    def __init__(self, root: nn.Module, path: str, inside: Iterable[nn.Module] = ()):
+        names = path.split(".") if path else []
+        self.root, self.modules = root, [root.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
+        self._all = [*self.modules, *inside]
+        self._links = list(zip(self.modules[:-1], names, self.modules[1:], strict=True))
+        for module in self._all:
+            if is_compiled(module):
+                raise RuntimeError(
+                    f"The {type(module._modules.get('_orig_mod', module)).__name__} that holds {path!r} was compiled before it was "
+                    f"wrapped, and a compiled model does not run hooks that are set later. Wrap first, compile afterwards: "
+                    f"guided = ksag.SAGDenoiser(denoiser); denoiser.inner_model = torch.compile(unet). "
+                    f"(The model as it was is torch.compile's result's ._orig_mod.)"
+                )
+
+    def is_compiled(self, inner_model: nn.Module) -> bool:
+        """Whether `inner_model` now holds the module inside something that was compiled since."""
+        replaced = any(parent._modules.get(name) is not child for parent, name, child in self._links)
+        return replaced or inner_model is not self.root or any(map(is_compiled, self._all))
 
 
 def one_at_a_time(wanted: bool) -> contextlib.AbstractContextManager[Any]:

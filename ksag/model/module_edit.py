@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ksag.model import compiled
+from ksag.model.compiled import Around
 from ksag.model.conditioning import leaves, transform
 from ksag.model.copied import copied, remove_copied_hooks
 from ksag.model.threads import PerThread
@@ -46,10 +46,7 @@ class ModuleTap:
             found = f"could be any of {', '.join(names)}" if names else "does not exist"
             raise ValueError(f"modules= names {path!r}, which {found} in {type(inner_model).__name__}. Give the whole path.")
         self.path = names[0]
-        parts = self.path.split(".")
-        self._root, self._around = inner_model, [inner_model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
-        self._links = list(zip(self._around[:-1], parts, self._around[1:], strict=True))
-        compiled.refuse(self._around, self.path)
+        self._around = Around(inner_model, self.path)
         remove_copied_hooks(inner_model)
         self._visit: PerThread[ModuleVisit | None] = PerThread(lambda: None)
         self._handle = inner_model.get_submodule(self.path).register_forward_hook(self._replace, with_kwargs=True)
@@ -63,8 +60,7 @@ class ModuleTap:
         return ModuleVisit(self.path, edits)
 
     def is_compiled(self, inner_model: nn.Module) -> bool:
-        replaced = any(parent._modules.get(name) is not child for parent, name, child in self._links)
-        return replaced or inner_model is not self._root or any(map(compiled.is_compiled, self._around))
+        return self._around.is_compiled(inner_model)
 
     def begin_call(self) -> None:
         """Nothing is counted here."""
