@@ -6,8 +6,8 @@ avoid (its floor: 2B + B for exact SAG, 3B for SAG in one pass and for PAG, 4B f
 For Stable Diffusion 1.5 diffusers' own SAG pipeline is timed too, and with --comfyui ComfyUI's node.
 
 Times are medians of CUDA events over rounds in which each form takes one step from an idle GPU, in random order, launched on one
-core of the host (Linux). CUDA graphs take several steps in a row (12 with Stable Diffusion 1.5, otherwise 3), since under a sampler
-the host runs ahead of the GPU from the second step on. The form with `every=3` takes at least three, since only every third step
+core of the host (Linux). CUDA graphs take several steps in a row (12 with Stable Diffusion 1.5, 6 with 3 medium, otherwise 3), since under
+a sampler the host runs ahead of the GPU from the second step on. The form with `every=3` takes at least three, since only every third step
 computes the direction. diffusers' pipeline takes two, of which the second counts. Ratios are medians and quartiles of the rounds'
 ratios. Memory is the peak above the weights. Writes gpu.md and gpu.json; a case that gpu.json holds is not measured again.
 """
@@ -61,7 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     THIRD: {"pag": 0.0, "one_pass": True, "every": 3}, PAG: {"sag": 0.0}, BOTH: {"one_pass": True},
 }  # fmt: skip
 PIPELINE = "diffusers' SAG pipeline"
-IN_A_ROW = {"SD 1.5": 12}
+IN_A_ROW = {"SD 1.5": 12, "SD3 medium": 6}
 """Steps of CUDA graphs that are timed together; 3 where one takes longer."""
 
 

@@ -78,7 +78,7 @@ def test_the_performance_page_says_what_the_run_says():
     assert f"{sd3:.0f}" == f"{sd3_one:.0f}" and f"On SD3, SAG takes {sd3:.0f} % more than the bare passes, also in one pass" in text
     assert f"on Flux it takes {flux:.0f} % more" in text
     pag = [100 * over_floor(model, gpu.PAG) - 100 for model in gpu.TRANSFORMERS]
-    assert [f"{percent:.0f}" for percent in pag] == ["1", "0"] and "PAG adds 1 % on SD3, and nothing on Flux" in text
+    assert all(abs(percent) < 0.5 for percent in pag) and "PAG adds nothing that can be measured on either." in text
     small = BATCH_ONE["SD 1.5"]
     forms = [gpu.key(*each) for each in ((gpu.EXACT, gpu.EAGER), (gpu.ONE, gpu.EAGER), (gpu.ONE, gpu.GRAPHED))]
     exact, one, graphed = (ratio(small, gpu.PIPELINE, form) for form in forms)

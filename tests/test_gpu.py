@@ -342,7 +342,7 @@ def test_the_saliency_of_large_attention_is_the_definition(shape, dtype, spread)
     received = sum(torch.softmax(q[:, i].double() @ k[:, i].double().mT * 0.125, -1).sum(1) for i in range(heads))[:, image]
     expected = received / received.mean(1, keepdim=True)
     result = saliency(q, k, 0.125, image).double()
-    assert (result / expected - 1).abs().max() < {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 1e-5}[dtype]
+    assert (result / expected - 1).abs().max() < (1e-5 if dtype == torch.float32 else 1e-4)
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         assert torch.equal(saliency(q, k, 0.125, image).double(), result)
     compiled = torch.compile(saliency, fullgraph=True)(q, k, 0.125, image).double()

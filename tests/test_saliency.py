@@ -90,43 +90,33 @@ def test_its_working_set_is_bounded(monkeypatch, tokens, b, dtype):
 
 @pytest.fixture
 def flash_on_a_cpu(monkeypatch):
-    """Imitates a GPU's two operators of flash attention by those that PyTorch has for a CPU; counts the heads of each call."""
+    """Imitates a GPU's operator of flash attention by the one that PyTorch has for a CPU; counts the heads of each call."""
     aten, heads = torch.ops.aten, []
 
     def forward(q, k, v, *, scale):
         heads.append(q.shape[1])
-        output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-        return output, logsumexp, None, None, q.shape[2], k.shape[2], None, None, None
-
-    def backward(gradient, q, k, v, output, logsumexp, _, __, queries, keys, dropout, causal, seed, offset, *, scale):
-        assert (queries, keys, gradient.is_contiguous()) == (q.shape[2], k.shape[2], True)
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, q, k, v, output, logsumexp, dropout, causal, scale=scale
-        )
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
 
     monkeypatch.setattr(aten, "_scaled_dot_product_flash_attention", forward)
-    monkeypatch.setattr(aten, "_scaled_dot_product_flash_attention_backward", backward)
     monkeypatch.setattr(ksag.attention.saliency, "_can_use_flash", lambda *_: True)
-    monkeypatch.setattr(ksag.attention.saliency, "MAX_ELEMENTS", 3 * 2 * 48 * 16)  # three heads at once
+    monkeypatch.setattr(ksag.attention.saliency, "MAX_ELEMENTS", 3 * 2 * 48 * 24)  # three heads at once
     return heads
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-def test_flash_attentions_gradients_are_the_definition(flash_on_a_cpu, dtype, tolerance, autocast):
-    q, k = torch.randn(2, 35, 8, 16).to(dtype).transpose(1, 2), torch.randn(2, 48, 8, 16).to(dtype).transpose(1, 2)
+@pytest.mark.parametrize("spread", [1.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_flash_attentions_sums_are_the_definition(flash_on_a_cpu, dtype, spread, autocast):
+    q, k = (spread * torch.randn(2, tokens, 8, 16).to(dtype).transpose(1, 2) for tokens in (35, 48))
     with torch.autocast("cpu", torch.float16, enabled=autocast):
         result = saliency(q, k, 0.25)
-    assert flash_on_a_cpu == [3, 3, 2] and result.dtype == torch.float32
-    torch.testing.assert_close(result.double(), dense(q, k, 0.25), rtol=tolerance, atol=0)
-    torch.testing.assert_close(result.mean(1), torch.ones(2), rtol=1e-6, atol=0)
+    assert flash_on_a_cpu == [3, 3, 3, 3, 2, 2] and result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), dense(q, k, 0.25), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.mean(1), torch.ones(2), rtol=1e-5, atol=0)
 
 
-def test_the_operators_of_flash_attention_take_and_return_what_is_expected():
+def test_the_operator_of_flash_attention_takes_and_returns_what_is_expected():
     """Which PyTorch may change, and which only a GPU has."""
-    forward = torch.ops.aten._scaled_dot_product_flash_attention.default._schema
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default._schema
-    kept = ["logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k"]
-    assert [one.name for one in forward.returns] == ["output", *kept, "rng_state", "unused", "debug_attn_mask"]
-    given = ["grad_out", "query", "key", "value", "out", *kept, "dropout_p", "is_causal", "philox_seed", "philox_offset", "scale"]
-    assert [one.name for one in backward.arguments] == given
+    schema = torch.ops.aten._scaled_dot_product_flash_attention.default._schema
+    assert [one.name for one in schema.returns][:2] == ["output", "logsumexp"]
+    assert [one.name for one in schema.arguments][:3] == ["query", "key", "value"] and schema.arguments[-1].name == "scale"

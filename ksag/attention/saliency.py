@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn import functional as F
 
 MAX_LOGITS = 6 * 2**20
 """Attention logits computed at once, in float32: 24 MiB, because a CPU's allocator maps 32 MiB or more again each time, which is
@@ -13,8 +14,10 @@ slow. They and their softmax hold 48 MiB; on a GPU the sum may take as much as t
 
 A chunk has at least one query of each sample and head; in a large batch of large pictures even these are more.
 """
-MAX_ELEMENTS = 3 * 2**19
-"""Of the queries or the keys that a flash attention kernel gets at once: with its results and gradients they hold about 24 MiB."""
+MAX_ELEMENTS = 3 * 2**22
+"""Of the queries or the keys that flash attention gets at once. With what it returns they hold about 100 MiB."""
+COLUMNS, UNIT = 8, 256.0
+"""What is added to queries and keys for it: a multiple of 8 columns; in a key's, a number that keeps float16 from overflowing."""
 
 
 def softmax_chunks(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> list[Callable[[], Tensor]]:
@@ -65,8 +68,7 @@ def saliency(q: Tensor, k: Tensor, scale: float, image: slice | None = None, mas
         mask: as `F.scaled_dot_product_attention` takes it, or None.
 
     Returns:
-        (b, tokens), float32. Large attention in half precision goes through flash attention on a GPU that has it, whose result is
-        within 1e-3 in float16 and 5e-3 in bfloat16, about as much as the rounding of the queries and keys changes it.
+        (b, tokens), float32. Large attention in half precision goes through flash attention on a GPU that has it.
     """
     heads, queries = q.shape[1:3]
     if _can_use_flash(q, k, mask):
@@ -83,33 +85,38 @@ def saliency(q: Tensor, k: Tensor, scale: float, image: slice | None = None, mas
 
 
 def _can_use_flash(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-    """Whether flash attention's kernels can compute it, and it takes more than one chunk otherwise."""
+    """Whether flash attention's kernel can compute it, and it takes more than one chunk otherwise."""
     (b, heads, queries, dim), keys = q.shape, k.shape[2]
     if not q.is_cuda or mask is not None or b * heads * queries * keys <= MAX_LOGITS:
         return False
-    if dim % 8 or dim > 192 or torch.are_deterministic_algorithms_enabled():  # no kernel on some GPUs; one that takes much memory
+    if dim % COLUMNS or torch.compiler.is_compiling():  # which cannot trace the next question
         return False
-    if torch.compiler.is_compiling():  # which cannot trace the next question
-        return False
-    return can_use_flash_attention(SDPAParams(q, k, k, None, 0.0, False, False))
+    wide = q.new_empty(1, 1, 1, dim + COLUMNS)
+    return can_use_flash_attention(SDPAParams(wide, wide, wide, None, 0.0, False, False))
 
 
 def _received_by_flash(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The sum over heads and queries of softmax(q kᵀ · scale), (b, keys), in about half of the time.
+    """The sum over heads and queries of softmax(q kᵀ · scale), (b, keys).
 
-    What a key receives is the gradient of the attention's output, summed over queries, by the key's value. It is rounded to half
-    precision; each column has its own weight, so that the rounding errors differ and partly cancel in the sum of the columns.
+    A key receives exp(logit − lse) from a query, where lse is the logarithm of the sum of exp(logit) over all keys. Flash attention
+    returns lse for each query. Asked again with keys and queries exchanged and −lse added to the logits, it returns the logarithm
+    of what each key receives. Further columns of the queries hold −lse: three, since half precision has too few digits for one.
     """
-    total = q.shape[1] * q.shape[2]  # each query of each head gives 1
     b, _, tokens, dim = (max(sizes) for sizes in zip(q.shape, k.shape, strict=True))
-    weights = torch.linspace(1 / 32, 1 / 16, dim, device=q.device).to(q.dtype)
     received = k.new_zeros(b, k.shape[2], dtype=torch.float32)
-    size = max(1, MAX_ELEMENTS // (b * tokens * dim))
+    size = max(1, MAX_ELEMENTS // (b * tokens * (dim + COLUMNS)))
     with torch.autocast(q.device.type, enabled=False):
         for queries, keys in zip(q.split(size, dim=1), k.split(size, dim=1), strict=True):  # of some heads
-            output, *kept, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, keys, scale=scale)
-            *_, gradient = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                weights.expand_as(output).contiguous(), queries, keys, keys, output, *kept, 0.0, False, seed, offset, scale=scale
-            )
-            received += gradient.float().sum(dim=(1, 3))
-    return received * (total / received.sum(dim=1, keepdim=True))
+            rest = _log_sums(queries, keys, scale) / (-scale * UNIT)
+            wide_q, wide_k = F.pad(queries, (0, COLUMNS)), F.pad(keys, (0, COLUMNS))
+            for column in range(dim, dim + 3):
+                wide_q[..., column], wide_k[..., column] = rest, UNIT
+                rest = rest - wide_q[..., column]
+            received += _log_sums(wide_k, wide_q, scale).exp().sum(dim=1)
+    return received
+
+
+def _log_sums(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """For each query, the logarithm of the sum of exp(q kᵀ · scale) over the keys, (b, heads, queries), float32."""
+    found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, scale=scale)[1]
+    return found

@@ -36,25 +36,6 @@ def _on_cuda(x: Tensor) -> bool:
     return x.is_cuda
 
 
-class _Input:
-    """A tensor at the address that a graph reads from, filled again only with what is not there yet."""
-
-    def __init__(self, tensor: Tensor):
-        self.static = torch.empty_like(tensor)
-        self.filled: tuple[weakref.ref[Tensor], int, int] | None = None
-        self.fill(tensor)
-
-    def fill(self, tensor: Tensor) -> None:
-        # An inference tensor does not count its changes
-        version = None if tensor.is_inference() else tensor._version
-        if version is not None and self.filled is not None:
-            there, its_version, pointer = self.filled
-            if there() is tensor and its_version == version and pointer == tensor.data_ptr():
-                return
-        self.static.copy_(tensor)
-        self.filled = None if version is None else (weakref.ref(tensor), version, tensor.data_ptr())
-
-
 class _Lane:
     """Where the graphs of one thread and stream are captured. They share its memory, and it lives as long as one of them."""
 
@@ -67,13 +48,13 @@ class _Captured:
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], lane: _Lane):
         self.lane = lane
-        self.inputs: list[_Input] = []
+        self.inputs: list[Tensor] = []
 
         def static(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            self.inputs.append(_Input(leaf))
-            return self.inputs[-1].static
+            self.inputs.append(leaf.clone())
+            return self.inputs[-1]
 
         self.graph = torch.cuda.CUDAGraph()
         inputs = transform(static, args)
@@ -93,8 +74,8 @@ class _Captured:
             ) from error
 
     def replay(self, tensors: list[Tensor]) -> Any:
-        for slot, tensor in zip(self.inputs, tensors, strict=True):
-            slot.fill(tensor)
+        for static, tensor in zip(self.inputs, tensors, strict=True):
+            static.copy_(tensor)
         self.graph.replay()
         return self.outputs
 
@@ -114,8 +95,7 @@ class CUDAGraphs:
 
     Captures a function at its first call with a signature: the shapes, dtypes and devices of the tensors among its
     arguments (nested as conditionings are), the values of everything else, autocast, the thread and the stream. A replay
-    copies in the tensors that changed, by identity and version counter, and returns the same output tensors each time:
-    use or copy them before the next call.
+    copies the tensors in and returns the same output tensors each time: use or copy them before the next call.
 
     Runs the function as it is while gradients are enabled, and for tensors that are not on a CUDA device.
 
