@@ -12,7 +12,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 INK, FAINT, PAPER = (24, 24, 27), (95, 95, 105), (255, 255, 255)
 
 
@@ -47,24 +46,6 @@ def save(image: Image.Image, path: Path, parameters: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     image.save(part, format="PNG", pnginfo=info)
     os.replace(part, path)
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a PNG has its first and its last bytes, and so is not cut off. The rest is not read.
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder, "cat.png")
-    ...     save(Image.new("RGB", (8, 8)), path, "")
-    ...     whole, _ = is_whole(path), os.truncate(path, path.stat().st_size - 1)
-    ...     whole, is_whole(path)
-    (True, False)
-    """
-    if path.stat().st_size < len(PNG_START) + len(PNG_END):
-        return False
-    with open(path, "rb") as file:
-        start = file.read(len(PNG_START))
-        file.seek(-len(PNG_END), os.SEEK_END)
-        return (start, file.read()) == (PNG_START, PNG_END)
 
 
 def free_name(path: Path) -> Path:

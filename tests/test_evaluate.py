@@ -179,26 +179,6 @@ def test_features_of_a_folder_are_those_of_its_pictures(tmp_path, extractor):
     np.testing.assert_allclose(sorted(found.tolist()), expected, rtol=1e-5)
 
 
-def test_features_are_cached_by_what_the_pictures_hold(tmp_path, extractor):
-    folder, cache = make_folder(tmp_path / "a", 5), tmp_path / "cache"
-    first = evaluate.folder_features(folder, extractor, cache=cache)
-    calls = extractor.network.calls
-    (folder / "0.png").rename(folder / "zero.png")
-    assert torch.equal(evaluate.folder_features(folder.rename(tmp_path / "b"), extractor, cache=cache), first)
-    assert extractor.network.calls == calls
-    Image.new("RGB", (8, 8)).save(tmp_path / "b/1.png")
-    assert not torch.equal(evaluate.folder_features(tmp_path / "b", extractor, cache=cache), first)
-    assert extractor.network.calls > calls
-
-
-def test_a_damaged_cache_is_made_anew(tmp_path, extractor):
-    folder, cache = make_folder(tmp_path / "a", 5), tmp_path / "cache"
-    first = evaluate.folder_features(folder, extractor, cache=cache)
-    (file,) = cache.glob("*/*.safetensors")
-    file.write_bytes(file.read_bytes()[:-3])
-    assert torch.equal(evaluate.folder_features(folder, extractor, cache=cache), first)
-
-
 def test_a_damaged_picture_is_named(tmp_path, extractor):
     folder = make_folder(tmp_path / "a", 3)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
@@ -243,7 +223,7 @@ def judged(monkeypatch, extractor):
 def test_the_command_judges_folders_side_by_side(tmp_path, judged):
     a, b, reference = (make_folder(tmp_path / name, 12, seed) for seed, name in enumerate("abr"))
     saved, results = tmp_path / "reference.safetensors", tmp_path / "results.json"
-    first = judged(a, b, "--reference", reference, "--save-statistics", saved, "--json", results, "--no-cache", "--device", "cpu")
+    first = judged(a, b, "--reference", reference, "--save-statistics", saved, "--json", results, "--device", "cpu")
     assert first.exit_code == 0, first.output
     found = json.loads(results.read_text())
     assert found["reference_pictures"] == 12 and [r["folder"] for r in found["folders"]] == [str(a), str(b)]
@@ -251,7 +231,7 @@ def test_the_command_judges_folders_side_by_side(tmp_path, judged):
     one, real = (evaluate.statistics(evaluate.folder_features(folder, extractor), "means") for folder in (a, reference))
     assert found["folders"][0]["fd"] == pytest.approx(evaluate.frechet_distance(one, real))
     assert f"{found['folders'][1]['fd'] / found['folders'][0]['fd']:.3f}" in first.output
-    again = judged(a, b, "--reference", saved, "--json", "-", "--no-cache", "--device", "cpu")
+    again = judged(a, b, "--reference", saved, "--json", "-", "--device", "cpu")
     back = json.loads(again.output[again.output.index("{") :])
     assert back["folders"][1]["fd"] == pytest.approx(found["folders"][1]["fd"])
 
@@ -259,7 +239,7 @@ def test_the_command_judges_folders_side_by_side(tmp_path, judged):
 def test_a_folder_with_too_few_pictures_is_named_before_any_is_judged(tmp_path, judged):
     a, b = make_folder(tmp_path / "a", 4), make_folder(tmp_path / "b", 3)
     for args in (a, b), (a, "--reference", b):
-        result = judged(*args, "--no-cache", "--device", "cpu")
+        result = judged(*args, "--device", "cpu")
         assert result.exit_code == 2 and "b has 3 pictures: precision and recall need 4 or more" in result.output
         assert "%" not in result.output  # no progress
 
@@ -357,7 +337,7 @@ def test_what_is_no_regular_file_is_named_and_does_not_hang(tmp_path, kind):
 def test_few_pictures_are_a_warning(tmp_path, judged, monkeypatch):
     monkeypatch.setattr("ksag.commands.evaluate.FEW", 12)
     few, enough = make_folder(tmp_path / "few", 11), make_folder(tmp_path / "enough", 12)
-    result = judged(enough, few, "--reference", enough, "--no-cache", "--device", "cpu")
+    result = judged(enough, few, "--reference", enough, "--device", "cpu")
     assert f"Warning: {few} has 11. With fewer than 12 pictures, FD is too high" in result.output
     assert "enough has" not in result.output and result.exit_code == 0
 
@@ -365,7 +345,7 @@ def test_few_pictures_are_a_warning(tmp_path, judged, monkeypatch):
 def test_statistics_of_other_features_are_refused_before_anything_is_computed(tmp_path, judged, two_sets):
     evaluate.statistics(two_sets[0], "others").save(tmp_path / "others.safetensors")
     folder, calls = make_folder(tmp_path / "a", 4), features.load_extractor("means").network.calls
-    result = judged(folder, "--reference", tmp_path / "others.safetensors", "--no-cache", "--device", "cpu")
+    result = judged(folder, "--reference", tmp_path / "others.safetensors", "--device", "cpu")
     assert isinstance(result.exception, ValueError) and "holds features of others, and these are means" in str(result.exception)
     assert features.load_extractor("means").network.calls == calls
 

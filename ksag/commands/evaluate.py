@@ -32,9 +32,9 @@ def report(results: list[dict[str, Any]]) -> str:
     return as_text(rows, str.rjust)
 
 
-def features_of(folder: Path, extractor: Extractor, device: torch.device, batch_size: int, cache: Path | None) -> torch.Tensor:
+def features_of(folder: Path, extractor: Extractor, device: torch.device, batch_size: int) -> torch.Tensor:
     with tqdm(total=len(evaluate.pictures_in(folder)), desc=str(folder), unit=" pictures") as bar:
-        return evaluate.folder_features(folder, extractor, device, batch_size, cache, bar.update)
+        return evaluate.folder_features(folder, extractor, device, batch_size, bar.update)
 
 
 @click.command("evaluate")
@@ -51,12 +51,9 @@ def features_of(folder: Path, extractor: Extractor, device: torch.device, batch_
               help="Write the reference's statistics to this file, for --reference.")  # fmt: skip
 @click.option("--device", type=options.device, default="auto", help="cpu, cuda, mps, or auto: a GPU if there is one.")
 @click.option("--batch-size", type=click.IntRange(1), default=100, help="Pictures at a time.")
-@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), default=evaluate.default_cache,
-              help="Keeps the features of pictures, by their contents.", show_default="~/.cache/ksag/features")  # fmt: skip
-@click.option("--no-cache", is_flag=True, help="Compute all features, and keep none.")
 def command(
     folders: tuple[Path, ...], reference: Path | None, name: str, json_path: Path | None,
-    save_statistics: Path | None, device: torch.device, batch_size: int, cache: Path, no_cache: bool,
+    save_statistics: Path | None, device: torch.device, batch_size: int,
 ) -> None:  # fmt: skip
     """How close are the pictures in each FOLDER to a reference?
 
@@ -81,9 +78,8 @@ def command(
         listed = ", ".join(f"{folder} has {n}" for folder, n in few.items())
         click.echo(f"Warning: {listed}. With fewer than {FEW:,} pictures, FD is too high and varies between sets.", err=True)
     extractor = features.load_extractor(name, device)
-    kept = None if no_cache else cache
     if reference.is_dir():
-        known = evaluate.statistics(features_of(reference, extractor, device, batch_size, kept), extractor.name)
+        known = evaluate.statistics(features_of(reference, extractor, device, batch_size), extractor.name)
     else:
         known = evaluate.load_statistics(reference).to(device)
         if known.extractor != extractor.name:
@@ -92,7 +88,7 @@ def command(
         known.save(save_statistics)
     results = []
     for folder in folders:
-        found = evaluate.statistics(features_of(folder, extractor, device, batch_size, kept), extractor.name)
+        found = evaluate.statistics(features_of(folder, extractor, device, batch_size), extractor.name)
         results.append({"folder": str(folder), "pictures": found.n, **evaluate.measure(found, known)._asdict()})
     click.echo(f"Features: {extractor.name}. Reference: {reference}, {known.n} pictures.\n{report(results)}")
     if json_path is not None:

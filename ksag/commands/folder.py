@@ -37,7 +37,6 @@ class Folder(contextlib.AbstractContextManager["Folder"]):
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
         self.path = path
-        self._whole: set[str] = set()
         self._claim = _claimed(path, settings)
 
     def __exit__(self, *error: object) -> None:
@@ -47,18 +46,12 @@ class Folder(contextlib.AbstractContextManager["Folder"]):
         return self.path / f"{seed:06d}.png"
 
     def missing(self, seeds: Iterable[int]) -> list[int]:
-        """The seeds without a picture, or with a truncated file."""
+        """The seeds without a picture."""
         names = set(os.listdir(self.path))
-        return [seed for seed in seeds if (file := self.file(seed)).name not in names or not self._is_whole(file)]
+        return [seed for seed in seeds if self.file(seed).name not in names]
 
     def save(self, seed: int, image: Image.Image, infotext: str) -> None:
         picture.save(image, self.file(seed), infotext)
-
-    def _is_whole(self, file: Path) -> bool:
-        """Reads each file once, since it is asked for all of them after each batch."""
-        if file.name not in self._whole and picture.is_whole(file):
-            self._whole.add(file.name)
-        return file.name in self._whole
 
 
 def _has_pictures(path: Path) -> bool:

@@ -29,6 +29,8 @@ MAX_GRID = 1000
 """Pictures in one PNG: 100 rows of small ones; more than that is hard to look at."""
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
+PATIENCE = 600.0
+"""Seconds that the main process waits for another process's next picture."""
 
 Make = Callable[[Sequence[int]], list[Image.Image]]
 Describe = Callable[[int], str]
@@ -41,7 +43,7 @@ def into_folder(folder: Folder, seeds: range, size: int, process: Process, make:
     batch.
 
     Raises:
-        click.ClickException: another process has stopped, and pictures are missing.
+        click.ClickException: pictures are missing, and the other processes have made none for a while.
     """
 
     def show() -> None:
@@ -57,23 +59,24 @@ def into_folder(folder: Folder, seeds: range, size: int, process: Process, make:
                 for seed in missing:
                     folder.save(seed, images[seed], describe(seed))
                 show()
-        while process.is_main and process.peers and process.peers.running():
+        waited = time.monotonic()
+        while process.is_main and bar.n < len(seeds) and time.monotonic() - waited < PATIENCE:
             time.sleep(0.5)
+            before = bar.n
             show()
+            waited = waited if bar.n == before else time.monotonic()
     except KeyboardInterrupt:
         bar.close()
         if process.is_main:
             made = len(seeds) - len(folder.missing(seeds))
             click.echo(f"Stopped: {made} of {len(seeds)} pictures are in {folder.path}. The same command makes the others.")
         raise SystemExit(INTERRUPTED) from None
-    if process.peers:
-        stopped = process.peers.stopped()
-        if (process.is_main or stopped) and (missing := folder.missing(seeds)):
-            bar.close()
-            raise click.ClickException(
-                f"{', '.join(stopped) or 'Another process'} has stopped: {len(missing)} of {len(seeds)} pictures are missing in "
-                f"{folder.path}. The same command makes them."
-            )
+    if process.is_main and bar.n < len(seeds):
+        bar.close()
+        raise click.ClickException(
+            f"No other process has made a picture for {PATIENCE / 60:.0f} minutes, and {len(seeds) - bar.n} of {len(seeds)} are "
+            f"missing in {folder.path}. The same command makes them."
+        )
 
 
 def into_grid(out: Path, seeds: range, size: int, make: Make, describe: Describe, bar: tqdm) -> None:
@@ -133,7 +136,7 @@ def command(
         raise click.UsageError("--compare needs guidance, and all of it is off: give --sag-scale, --pag-scale or --seg-scale.")
 
     with contextlib.ExitStack() as stack:
-        process = stack.enter_context(this_process(device))
+        process = this_process(device)
         if process.world > 1 and out.suffix:
             raise click.UsageError(f"--out {out}: several processes write into a folder, not into one file.")
         dtype = dtype or ("float16" if options["pipeline"] and process.device.type == "cuda" else "float32")

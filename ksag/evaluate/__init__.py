@@ -4,7 +4,7 @@ The measures are short formulas in float64, computed on the features' device. to
 the statistics of a folder and leaves the GPU for the Fréchet distance.
 """
 
-from ksag.evaluate.folders import default_cache, folder_features, load_picture, pictures_in
+from ksag.evaluate.folders import folder_features, load_picture, pictures_in
 from ksag.evaluate.measures import (
     STATISTICS,
     Measures,
@@ -17,6 +17,6 @@ from ksag.evaluate.measures import (
 )  # fmt: skip
 
 __all__ = [
-    "STATISTICS", "Measures", "Statistics", "default_cache", "folder_features", "frechet_distance", "kernel_distance",
+    "STATISTICS", "Measures", "Statistics", "folder_features", "frechet_distance", "kernel_distance",
     "load_picture", "load_statistics", "measure", "pictures_in", "statistics",
 ]  # fmt: skip

@@ -1,6 +1,5 @@
 """The features of a folder of pictures."""
 
-import contextlib
 import hashlib
 import os
 import warnings
@@ -13,7 +12,6 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from ksag.evaluate.features import Extractor
-from ksag.zoo import files
 
 SUFFIXES = {".png", ".webp", ".jpg", ".jpeg", ".bmp"}
 
@@ -75,17 +73,11 @@ def batches(paths: Sequence[Path], batch_size: int, size: tuple[int, int] | None
     yield torch.stack(batch)
 
 
-def default_cache() -> Path:
-    """`ksag/features` in `XDG_CACHE_HOME`, by default `~/.cache/ksag/features`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ksag/features"
-
-
 def folder_features(
     folder: str | os.PathLike[str],
     extractor: Extractor,
     device: str | torch.device = "cpu",
     batch_size: int = 100,
-    cache: Path | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Tensor:
     """The features (n, d) of the pictures in a folder, on `device`, in an order that does not depend on the files' names.
@@ -95,25 +87,11 @@ def folder_features(
         extractor: which features, on `device`.
         device: where to compute.
         batch_size: pictures at a time.
-        cache: a folder that keeps features for the next call with the same pictures; None keeps nothing.
         progress: called with the number of pictures after each batch.
     """
-    by_content = sorted((hashlib.sha256(path.read_bytes()).hexdigest(), path) for path in pictures_in(folder))
-    content = hashlib.sha256("".join(digest for digest, _ in by_content).encode()).hexdigest()
-    cached = None if cache is None else cache / extractor.name / f"{content}.safetensors"
-    if cached is not None and cached.exists():
-        with contextlib.suppress(ValueError):  # damaged: computed again
-            features = files.read(cached)[0]["features"].to(device)
-            progress(len(features))
-            return features
+    by_content = sorted((hashlib.sha256(path.read_bytes()).digest(), path) for path in pictures_in(folder))
     found = []
     for batch in batches([path for _, path in by_content], batch_size, extractor.size):
         found.append(extractor(batch.to(device)))
         progress(len(batch))
-    features = torch.cat(found)
-    if cached is not None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        part = cached.with_name(f".{cached.name}.{os.getpid()}.part")
-        files.write(part, {"features": features})
-        os.replace(part, cached)
-    return features
+    return torch.cat(found)
