@@ -6,10 +6,11 @@ avoid (its floor: 2B + B for exact SAG, 3B for SAG in one pass and for PAG, 4B f
 For Stable Diffusion 1.5 diffusers' own SAG pipeline is timed too, and with --comfyui ComfyUI's node.
 
 Times are medians of CUDA events over rounds in which each form takes one step from an idle GPU, in random order, launched on one
-core of the host (Linux). CUDA graphs take several steps in a row (12 with Stable Diffusion 1.5, 6 with 3 medium, otherwise 3), since under
-a sampler the host runs ahead of the GPU from the second step on. The form with `every=3` takes at least three, since only every third step
-computes the direction. diffusers' pipeline takes two, of which the second counts. Ratios are medians and quartiles of the rounds'
-ratios. Memory is the peak above the weights. Writes gpu.md and gpu.json; a case that gpu.json holds is not measured again.
+core of the host (Linux). CUDA graphs take several steps in a row (12 with Stable Diffusion 1.5, 6 with 3 medium, otherwise 3),
+since under a sampler the host runs ahead of the GPU from the second step on. The form with `every=3` takes at least three, since
+only every third step computes the direction. diffusers' pipeline takes two, of which the second counts. Ratios are medians and
+quartiles of the rounds' ratios. Memory is the peak above the weights. Writes gpu.md and gpu.json; a case that gpu.json holds is
+not measured again.
 """
 
 import contextlib

@@ -36,6 +36,9 @@ from ksag import evaluate, zoo
 from ksag.evaluate import features
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+COMPILED = ("DBlock", "UBlock", "ResConvBlock", "Downsample2d", "Upsample2d", "SelfAttention2d", "JointTransformerBlock",
+            "AdaLayerNormContinuous", "AdaLayerNormZero", "FeedForward")  # fmt: skip
+"""The classes of the networks' blocks."""
 KINDS = {"SAG": ksag.SAG, "PAG": ksag.PAG, "SEG": ksag.SEG, "SkipBlock": SkipBlock}
 
 # Sampling
@@ -95,19 +98,23 @@ class Model:
 
     def in_pieces(self, x: Tensor, sigma: Tensor, **kwargs: Tensor) -> Tensor:
         self.evaluations += len(x)
+        x = x.contiguous(memory_format=torch.channels_last)  # as the weights are
         parts = zip(*(t.split(self.piece) for t in (x, sigma, *kwargs.values())), strict=True)
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             return torch.cat([self.forward(x, sigma, **dict(zip(kwargs, part, strict=True))) for x, sigma, *part in parts])
 
     def compile_around(self, layers: Sequence[str]) -> None:
-        """Compiles the blocks of the network except those with one of these layers, because their hooks change from row to row."""
+        """Compiles the largest blocks of the network that have none of these layers, because their hooks change from row to row."""
         modules = dict(self.network.named_modules())
         hooked = [f"{path}." for path in modules if any(f".{path}".endswith(f".{layer}") for layer in layers)]
-        for path, module in modules.items():
-            if type(module).__name__ in ("ResConvBlock", "JointTransformerBlock") or path.endswith("norm_in"):
+        inside: list[str] = []
+        for path, module in modules.items():  # from the outside in
+            if type(module).__name__ in COMPILED:
                 module.__dict__.pop("forward", None)
-                if not any(one.startswith(f"{path}.") or path.startswith(one) for one in hooked):
+                own = f"{path}."
+                if not any(own.startswith(one) for one in inside + hooked) and not any(one.startswith(own) for one in hooked):
                     module.forward = torch.compile(module.forward, dynamic=False)
+                    inside.append(own)
 
 
 def layers_of(row: Row) -> list[str]:
@@ -269,7 +276,7 @@ def main(stages, out, models, flow, folders, n, tries, seconds, choose_seconds, 
         if stage == "estimate":
             for name in models:
                 of_model = [row for row in rows if row.model == name]
-                click.echo(f"{name}: {len(of_model)} rows, {sum(row.cost for row in of_model):.0f} s on one H100")
+                click.echo(f"{name}: {len(of_model)} rows, {sum(row.cost for row in of_model):.0f} s on one H200")
             continue
         try:
             plan.choose(bench, models, n or 1000, tries) if stage == "choose" else bench.run(rows)

@@ -20,8 +20,8 @@ Result = dict[str, Any]
 SCHEDULE = {"sigma_min": 0.32, "sigma_max": 160.0, "rho": 7.0}
 """Karras's schedule for the bundled model."""
 TWO_CALLS = {"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"}
-SPEED = {"emoji": 18_000, "emoji-flow": 10_000}
-"""Evaluations a second to expect of one H100."""
+SPEED = {"emoji": 22_000, "emoji-flow": 19_000}
+"""Evaluations a second to expect of one H200."""
 
 
 def frozen(value: Any) -> Any:
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def cost(self) -> float:
-        """Seconds that sampling takes on one H100, about."""
+        """Seconds that sampling takes on one H200, about."""
         return self.n * self.evaluations / SPEED[self.model]
 
     @property

@@ -279,7 +279,8 @@ def speed_table(lines: Iterable[str]) -> str:
         return float(result["row"]["n"] * result["evaluations"] / sum(result["seconds"]))
 
     def name(row: Row) -> str:
-        return f"{' + '.join(kind for kind, _ in row.directions) or PLAIN}, {row.steps} steps"
+        one_pass = ", one pass" if any(dict(settings).get("one_pass") for _, settings in row.directions) else ""
+        return f"{' + '.join(kind for kind, _ in row.directions) or PLAIN}{one_pass}, {row.steps} steps"
 
     rows = [row for row in list(beside)[1:] if row in alone]  # the first one was compiled
     speeds = [(name(row), speed(alone[row]), speed(beside[row])) for row in rows]
@@ -318,7 +319,7 @@ def page(results: Results, choice: Choice, gpus: Sequence[str] = ()) -> str:
             text = "FD over plain sampling with equal evaluations, under `euler` and `dpmpp_2m`, each method at one scale."
             section(f"{title}, by block, 1,000 pictures", text, block_table(results, choice, model))
     if gpus:
-        section("Bundled UNet, evaluations a second", f"With `euler`, {FEW:,} pictures.", speed_table(gpus))
+        section("Bundled UNet, evaluations a second", "With `euler`.", speed_table(gpus))
     return "\n\n".join(parts) + "\n"
 
 
