@@ -38,7 +38,7 @@ from ksag.evaluate import features
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 COMPILED = ("DBlock", "UBlock", "ResConvBlock", "Downsample2d", "Upsample2d", "SelfAttention2d", "JointTransformerBlock",
             "AdaLayerNormContinuous", "AdaLayerNormZero", "FeedForward")  # fmt: skip
-"""The classes of the networks' blocks."""
+"""Classes of modules that may be compiled."""
 KINDS = {"SAG": ksag.SAG, "PAG": ksag.PAG, "SEG": ksag.SEG, "SkipBlock": SkipBlock}
 
 # Sampling
@@ -104,7 +104,7 @@ class Model:
             return torch.cat([self.forward(x, sigma, **dict(zip(kwargs, part, strict=True))) for x, sigma, *part in parts])
 
     def compile_around(self, layers: Sequence[str]) -> None:
-        """Compiles the largest blocks of the network that have none of these layers, because their hooks change from row to row."""
+        """Compiles the largest blocks without any of these layers. The layers have hooks, which change from row to row."""
         modules = dict(self.network.named_modules())
         hooked = [f"{path}." for path in modules if any(f".{path}".endswith(f".{layer}") for layer in layers)]
         inside: list[str] = []

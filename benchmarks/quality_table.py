@@ -276,13 +276,13 @@ def speed_table(lines: Iterable[str]) -> str:
     alone, beside = ({Row.of(result): result for result in map(json.loads, lines) if result["gpus"] == n} for n in (1, 2))
 
     def speed(result: Result) -> float:
-        return float(result["row"]["n"] * result["evaluations"] / sum(result["seconds"]))
+        return 1000 * float(result["evaluations"]) / seconds(result)
 
     def name(row: Row) -> str:
         one_pass = ", one pass" if any(dict(settings).get("one_pass") for _, settings in row.directions) else ""
         return f"{' + '.join(kind for kind, _ in row.directions) or PLAIN}{one_pass}, {row.steps} steps"
 
-    rows = [row for row in list(beside)[1:] if row in alone]  # the first one was compiled
+    rows = [row for row in beside if row in alone]
     speeds = [(name(row), speed(alone[row]), speed(beside[row])) for row in rows]
     return table(
         ["", "alone", "beside another GPU", "ratio"], ([n, f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.2f}"] for n, a, b in speeds)
@@ -319,7 +319,7 @@ def page(results: Results, choice: Choice, gpus: Sequence[str] = ()) -> str:
             text = "FD over plain sampling with equal evaluations, under `euler` and `dpmpp_2m`, each method at one scale."
             section(f"{title}, by block, 1,000 pictures", text, block_table(results, choice, model))
     if gpus:
-        section("Bundled UNet, evaluations a second", "With `euler`.", speed_table(gpus))
+        section("Bundled UNet, evaluations a second", "With `euler`, in the fastest batch of a row.", speed_table(gpus))
     return "\n\n".join(parts) + "\n"
 
 

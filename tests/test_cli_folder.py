@@ -1,11 +1,13 @@
 """Does `ksag sample` fill a folder by seed, whatever stops it, and however many processes share the work?"""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import time
 
+import click
 import pytest
 import torch
 from PIL import Image
@@ -14,10 +16,11 @@ from tqdm import tqdm
 import ksag.commands.sample
 from ksag.commands.cli import main
 from ksag.commands.folder import Folder
-from ksag.commands.processes import Process
+from ksag.commands.processes import Process, this_process
 from ksag.commands.sample import into_folder
 from ksag.commands.sampling import Sampling
 from tests.commands import invoke, pixels, process, save_small_model, text
+from tests.emoji_packages import ROOT
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -92,6 +95,53 @@ def test_a_picture_that_is_made_later_is_made_in_its_batch(sample, tmp_path, mon
     sample("--n", 5, "--batch-size", 2, "--out", folder)
     assert {name: (folder / name).read_bytes() for name in names(folder)} == whole
     assert made == [[0, 1], [2, 3], [4, 4], [0, 1], [4, 4]]
+
+
+class Clock:
+    """Used in place of `time`: each look at the folder is 20 minutes later, and the other process has made what it had by then."""
+
+    def __init__(self, path, arrivals):
+        self.now, self.path, self.arrivals = 0.0, path, arrivals
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, _):
+        self.now += 1200
+        for seed, at in self.arrivals.items():
+            if at <= self.now:
+                (self.path / f"{seed:06d}.png").touch()
+
+
+@pytest.mark.parametrize(("arrivals", "missing"), [({2: 3000, 3: 6000}, 0), ({2: 3000, 3: 9000}, 1), ({}, 2)])
+def test_the_main_process_waits_as_long_as_pictures_come(tmp_path, monkeypatch, arrivals, missing):
+    monkeypatch.setattr(ksag.commands.sample, "time", Clock(tmp_path, arrivals))
+    with Folder(tmp_path, {}) as folder, contextlib.ExitStack() as expected:
+        if missing:
+            text = f"made no picture for 60 minutes, and {missing} of 4 are missing"
+            expected.enter_context(pytest.raises(click.ClickException, match=text))
+        process, bar = Process(0, 2, torch.device("cpu")), tqdm(total=4, disable=True)
+        into_folder(folder, range(4), 2, process, lambda seeds: [Image.new("RGB", (1, 1)) for _ in seeds], str, bar)
+    assert len(list(tmp_path.glob("*.png"))) == 4 - missing
+    assert "when they have made no picture for 60 minutes" in " ".join((ROOT / "docs/sampling.md").read_text().split())
+
+
+def test_a_process_is_what_the_launcher_says(monkeypatch):
+    for environment, expected in (({}, (0, 1)), ({"RANK": "1"}, (0, 1)), ({"WORLD_SIZE": "4", "RANK": "3"}, (3, 4))):
+        with monkeypatch.context() as patch:
+            for name in "RANK", "WORLD_SIZE":
+                patch.delenv(name, raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert this_process(torch.device("cpu"))[:2] == expected
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "2", "-1":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(ValueError, match="WORLD_SIZE is 2, so RANK must be 0 to 1, got"):
+            this_process(torch.device("cpu"))
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ValueError, match="got none"):
+        this_process(torch.device("cpu"))
 
 
 def test_processes_make_the_batches_of_one(tmp_path):
@@ -377,15 +427,6 @@ def test_a_run_that_lost_a_process_ends_with_what_is_missing(long, tmp_path):
     code, output = running[0].wait()
     missing = 12 - len(list((tmp_path / "a").glob("*.png")))
     assert missing > 0 and code == 1 and f"{missing} of 12 are missing in" in output
-
-
-@pytest.mark.slow
-def test_the_main_process_waits_for_the_others(long, tmp_path):
-    main = long("a", **TWO_RANKS[0])
-    main.wait_for(tmp_path / "a", 6)
-    other = long("a", **TWO_RANKS[1])
-    assert [one.wait()[0] for one in (main, other)] == [0, 0] and len(list((tmp_path / "a").glob("*.png"))) == 12
-    assert main.text().count("12 pictures in") == 1 and "pictures in" not in other.text()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import nn
 
 import ksag
 from ksag.adapters.diffusers import denoiser as as_denoiser
-from ksag.attention.saliency import MAX_LOGITS, saliency
+from ksag.attention.saliency import MAX_LOGITS, _can_use_flash, saliency
 from ksag.commands.pipeline import Pipeline
 from ksag.commands.sampling import Sampling
 from ksag.model.conditioning import transform
@@ -349,7 +349,14 @@ def test_the_saliency_of_large_attention_is_the_definition(shape, dtype, spread)
     assert (compiled / expected - 1).abs().max() < 1e-5  # in float32 there
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 4096, 160), (1, 20, 4096, 64), (4, 20, 1024, 64)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_keys_and_queries_whose_channels_are_not_adjacent(dtype):
+    """As layers give them that attend over (b, channels, tokens)."""
+    q, k = (torch.randn(1, 8, 64, 1024, device="cuda", dtype=dtype).mT for _ in range(2))
+    torch.testing.assert_close(saliency(q, k, 0.125), saliency(q.contiguous(), k.contiguous(), 0.125), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 4096, 160), (1, 20, 4096, 64), (4, 20, 1024, 64), (4, 24, 4096, 64)])
 def test_the_saliencys_working_set_is_bounded(shape):
     b, heads, tokens, dim = shape
     q, k = (torch.randn(b, tokens, heads, dim, device="cuda", dtype=torch.float16).transpose(1, 2) for _ in range(2))
@@ -359,7 +366,7 @@ def test_the_saliencys_working_set_is_bounded(shape):
     torch.cuda.reset_peak_memory_stats()
     result = saliency(q, k, shape[-1] ** -0.5)
     peak = torch.cuda.max_memory_allocated() - before
-    copies = 4 * (q.numel() + k.numel())
+    copies = 0 if _can_use_flash(q, k, None) else 4 * (q.numel() + k.numel())
     assert peak <= 3 * 4 * MAX_LOGITS + copies + 4 * 2**20
     assert result.mean(1).sub(1).abs().max() < 1e-5
 

@@ -451,7 +451,6 @@ def shortened(line):
 @pytest.mark.parametrize("whose", [pytest.param("bundled", marks=pytest.mark.slow), "own"])
 def test_the_pages_commands_and_python_run(tmp_path, monkeypatch, whose):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     section = PAGE.split("## Your own model")[whose == "own"].split("## What the measures mean")[0]
     if whose == "own":
         save_small_model("mine.safetensors")

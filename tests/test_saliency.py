@@ -1,6 +1,7 @@
 import pytest
 import torch
 from measure import peak_bytes
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ksag.attention.saliency
@@ -113,6 +114,23 @@ def test_flash_attentions_sums_are_the_definition(flash_on_a_cpu, dtype, spread,
     assert flash_on_a_cpu == [3, 3, 3, 3, 2, 2] and result.dtype == torch.float32
     torch.testing.assert_close(result.double(), dense(q, k, 0.25), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(result.mean(1), torch.ones(2), rtol=1e-5, atol=0)
+
+
+def test_what_goes_through_flash_attention(monkeypatch):
+    """On a GPU, of which FakeTensorMode has the tensors without their values."""
+    params = []
+    monkeypatch.setattr(ksag.attention.saliency, "SDPAParams", lambda *given: given)
+    monkeypatch.setattr(ksag.attention.saliency, "can_use_flash_attention", lambda given: params.append(given[0]) is None)
+
+    def goes(heads=8, tokens=2048, dim=64, device="cuda", mask=None, turned=False):
+        q = torch.empty(1, heads, tokens, dim, dtype=torch.float16, device=device)
+        k = torch.empty(1, heads, dim, tokens, dtype=torch.float16, device=device).mT if turned else q
+        return ksag.attention.saliency._can_use_flash(q, k, mask)
+
+    with FakeTensorMode():
+        assert goes() and params[0].shape[-1] == 72  # what the kernel gets is wider
+        refused = {"tokens": 512}, {"dim": 60}, {"device": "cpu"}, {"mask": torch.empty(1)}, {"turned": True}
+        assert not any(goes(**one) for one in refused) and len(params) == 1
 
 
 def test_the_operator_of_flash_attention_takes_and_returns_what_is_expected():

@@ -15,9 +15,9 @@ slow. They and their softmax hold 48 MiB; on a GPU the sum may take as much as t
 A chunk has at least one query of each sample and head; in a large batch of large pictures even these are more.
 """
 MAX_ELEMENTS = 3 * 2**22
-"""Of the queries or the keys that flash attention gets at once. With what it returns they hold about 100 MiB."""
+"""Of the queries or the keys that flash attention gets at once. With what it returns they hold 72 MiB."""
 COLUMNS, UNIT = 8, 256.0
-"""What is added to queries and keys for it: a multiple of 8 columns; in a key's, a number that keeps float16 from overflowing."""
+"""Columns appended to q and k for flash attention, and their value in k, which keeps float16 from overflowing."""
 
 
 def softmax_chunks(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> list[Callable[[], Tensor]]:
@@ -89,7 +89,9 @@ def _can_use_flash(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     (b, heads, queries, dim), keys = q.shape, k.shape[2]
     if not q.is_cuda or mask is not None or b * heads * queries * keys <= MAX_LOGITS:
         return False
-    if dim % COLUMNS or torch.compiler.is_compiling():  # which cannot trace the next question
+    if dim % 8 or q.stride(-1) != 1 or k.stride(-1) != 1:
+        return False
+    if torch.compiler.is_compiling():  # can_use_flash_attention cannot be traced
         return False
     wide = q.new_empty(1, 1, 1, dim + COLUMNS)
     return can_use_flash_attention(SDPAParams(wide, wide, wide, None, 0.0, False, False))
@@ -99,8 +101,8 @@ def _received_by_flash(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """The sum over heads and queries of softmax(q kᵀ · scale), (b, keys).
 
     A key receives exp(logit − lse) from a query, where lse is the logarithm of the sum of exp(logit) over all keys. Flash attention
-    returns lse for each query. Asked again with keys and queries exchanged and −lse added to the logits, it returns the logarithm
-    of what each key receives. Further columns of the queries hold −lse: three, since half precision has too few digits for one.
+    returns lse for each query. A second call, with q and k exchanged and −lse added to the logits, returns the logarithm of what
+    each key receives. Appended columns of q hold −lse: three, since half precision has too few digits for one.
     """
     b, _, tokens, dim = (max(sizes) for sizes in zip(q.shape, k.shape, strict=True))
     received = k.new_zeros(b, k.shape[2], dtype=torch.float32)

@@ -31,9 +31,18 @@ class Process(NamedTuple):
 
 
 def this_process(device: torch.device) -> Process:
-    """The only process, on `device`; or one of several that a launcher started, each on its own GPU if `device` is a GPU."""
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if world > 1 and device.type == "cuda":
+    """The only process, on `device`; or one of several that a launcher started, each on its own GPU if `device` is a GPU.
+
+    Raises:
+        ValueError: WORLD_SIZE without a RANK below it.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Process(0, 1, device)
+    rank = int(os.environ.get("RANK", -1))
+    if not 0 <= rank < world:
+        raise ValueError(f"WORLD_SIZE is {world}, so RANK must be 0 to {world - 1}, got {os.environ.get('RANK', 'none')}.")
+    if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return Process(rank, world, device)

@@ -29,7 +29,7 @@ MAX_GRID = 1000
 """Pictures in one PNG: 100 rows of small ones; more than that is hard to look at."""
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
-PATIENCE = 600.0
+PATIENCE = 3600.0
 """Seconds that the main process waits for another process's next picture."""
 
 Make = Callable[[Sequence[int]], list[Image.Image]]
@@ -60,7 +60,7 @@ def into_folder(folder: Folder, seeds: range, size: int, process: Process, make:
                     folder.save(seed, images[seed], describe(seed))
                 show()
         waited = time.monotonic()
-        while process.is_main and bar.n < len(seeds) and time.monotonic() - waited < PATIENCE:
+        while process.is_main and process.world > 1 and bar.n < len(seeds) and time.monotonic() - waited < PATIENCE:
             time.sleep(0.5)
             before = bar.n
             show()
@@ -71,11 +71,11 @@ def into_folder(folder: Folder, seeds: range, size: int, process: Process, make:
             made = len(seeds) - len(folder.missing(seeds))
             click.echo(f"Stopped: {made} of {len(seeds)} pictures are in {folder.path}. The same command makes the others.")
         raise SystemExit(INTERRUPTED) from None
-    if process.is_main and bar.n < len(seeds):
+    if process.is_main and process.world > 1 and bar.n < len(seeds):
         bar.close()
         raise click.ClickException(
-            f"No other process has made a picture for {PATIENCE / 60:.0f} minutes, and {len(seeds) - bar.n} of {len(seeds)} are "
-            f"missing in {folder.path}. The same command makes them."
+            f"The other processes have made no picture for {PATIENCE / 60:.0f} minutes, and {len(seeds) - bar.n} of {len(seeds)} "
+            f"are missing in {folder.path}. The same command makes them."
         )
 
 

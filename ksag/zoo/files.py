@@ -1,4 +1,4 @@
-"""safetensors files with a checksum: the bundled weights and statistics, and cached features."""
+"""safetensors files with a checksum: the bundled weights and statistics."""
 
 import hashlib
 import json
