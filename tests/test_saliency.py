@@ -116,6 +116,12 @@ def test_flash_attentions_sums_are_the_definition(flash_on_a_cpu, dtype, spread,
     torch.testing.assert_close(result.mean(1), torch.ones(2), rtol=1e-5, atol=0)
 
 
+def test_flash_attention_takes_logits_that_float16_does_not_hold(flash_on_a_cpu):
+    q, k = (100 * torch.randn(2, tokens, 8, 16).half().transpose(1, 2) for tokens in (35, 48))
+    assert (q.double() @ k.double().mT).abs().max() > 2 * torch.finfo(torch.float16).max
+    torch.testing.assert_close(saliency(q, k, 0.25).double(), dense(q, k, 0.25), rtol=0.05, atol=1e-3)
+
+
 def test_what_goes_through_flash_attention(monkeypatch):
     """On a GPU, of which FakeTensorMode has the tensors without their values."""
     params = []
