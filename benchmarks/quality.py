@@ -106,15 +106,14 @@ class Model:
     def compile_around(self, layers: Sequence[str]) -> None:
         """Compiles the largest blocks without any of these layers. The layers have hooks, which change from row to row."""
         modules = dict(self.network.named_modules())
-        hooked = [f"{path}." for path in modules if any(f".{path}".endswith(f".{layer}") for layer in layers)]
-        inside: list[str] = []
+        taken = [f"{path}." for path in modules if any(f".{path}".endswith(f".{layer}") for layer in layers)]
         for path, module in modules.items():  # from the outside in
             if type(module).__name__ in COMPILED:
                 module.__dict__.pop("forward", None)
                 own = f"{path}."
-                if not any(own.startswith(one) for one in inside + hooked) and not any(one.startswith(own) for one in hooked):
+                if not any(own.startswith(one) or one.startswith(own) for one in taken):
                     module.forward = torch.compile(module.forward, dynamic=False)
-                    inside.append(own)
+                    taken.append(own)
 
 
 def layers_of(row: Row) -> list[str]:

@@ -179,6 +179,13 @@ def test_features_of_a_folder_are_those_of_its_pictures(tmp_path, extractor):
     np.testing.assert_allclose(sorted(found.tolist()), expected, rtol=1e-5)
 
 
+def test_the_names_of_the_pictures_do_not_matter(tmp_path, extractor):
+    folder = make_folder(tmp_path / "a", 5)
+    first = evaluate.folder_features(folder, extractor)
+    (folder / "0.png").rename(folder / "zero.png")
+    assert torch.equal(evaluate.folder_features(folder.rename(tmp_path / "b"), extractor), first)
+
+
 def test_a_damaged_picture_is_named(tmp_path, extractor):
     folder = make_folder(tmp_path / "a", 3)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])

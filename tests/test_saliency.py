@@ -106,14 +106,14 @@ def flash_on_a_cpu(monkeypatch):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("spread", [1.0, 20.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_flash_attentions_sums_are_the_definition(flash_on_a_cpu, dtype, spread, autocast):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-5), (torch.bfloat16, 2e-5)])
+def test_flash_attentions_sums_are_the_definition(flash_on_a_cpu, dtype, tolerance, spread, autocast):
     q, k = (spread * torch.randn(2, tokens, 8, 16).to(dtype).transpose(1, 2) for tokens in (35, 48))
     with torch.autocast("cpu", torch.float16, enabled=autocast):
         result = saliency(q, k, 0.25)
     assert flash_on_a_cpu == [3, 3, 3, 3, 2, 2] and result.dtype == torch.float32
-    torch.testing.assert_close(result.double(), dense(q, k, 0.25), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(result.mean(1), torch.ones(2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.double(), dense(q, k, 0.25), rtol=tolerance if spread == 1 else 1e-4, atol=1e-6)
+    torch.testing.assert_close(result.mean(1), torch.ones(2), rtol=1e-6, atol=0)
 
 
 def test_flash_attention_takes_logits_that_float16_does_not_hold(flash_on_a_cpu):

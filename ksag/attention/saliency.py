@@ -115,7 +115,8 @@ def _received_by_flash(q: Tensor, k: Tensor, scale: float) -> Tensor:
                 wide_q[..., column], wide_k[..., column] = rest, UNIT
                 rest = rest - wide_q[..., column]
             received += _log_sums(wide_k, wide_q, scale).exp().sum(dim=1)
-    return received
+    total = q.shape[1] * q.shape[2]  # each query of each head gives 1
+    return received * (total / received.sum(dim=1, keepdim=True))
 
 
 def _log_sums(q: Tensor, k: Tensor, scale: float) -> Tensor:
