@@ -265,6 +265,9 @@ def test_the_evaluation_page_says_where_guidance_does_not_help():
     for sampler in quality_table.MAIN:
         for _, rows in quality_table.main_rows(RESULTS, CHOICE, "emoji-flow", sampler):
             assert sum(len(RESULTS[row]["measures"]) == 2 for row in rows) >= 2
+    for sampler in quality_table.MAIN:
+        unet = sorted(quality_plan.METHODS, key=lambda method, sampler=sampler: over_equal("emoji", sampler, method, judge=1))
+        assert set(unet[:2]) == {"PAG", "SAG + PAG"}  # "the best methods too"
     second = other_samplers("emoji", judge=1)
     lost = {sampler: over for sampler, over in second.items() if over > 1}
     assert lost.keys() == {"lms", "dpm_2_ancestral"}
