@@ -13,6 +13,7 @@ compiled code serves every row. All else is float32. Samples are rounded to 8 bi
 that goes through the network.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -20,7 +21,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import k_diffusion as K
 import torch
 from quality_rows import SPEED, Result, Row, append_result, describe, load_results, shared_out, sigmas
 from skip_block import SkipBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 import ksag
 from ksag import evaluate, zoo
@@ -37,7 +38,7 @@ from ksag.evaluate import features
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 COMPILED = ("DBlock", "UBlock", "ResConvBlock", "Downsample2d", "Upsample2d", "SelfAttention2d", "JointTransformerBlock",
-            "AdaLayerNormContinuous", "AdaLayerNormZero", "FeedForward")  # fmt: skip
+            "AdaLayerNormContinuous", "AdaLayerNormZero", "FeedForward", "RMSNorm")  # fmt: skip
 """Classes of modules that may be compiled."""
 KINDS = {"SAG": ksag.SAG, "PAG": ksag.PAG, "SEG": ksag.SEG, "SkipBlock": SkipBlock}
 
@@ -103,17 +104,24 @@ class Model:
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             return torch.cat([self.forward(x, sigma, **dict(zip(kwargs, part, strict=True))) for x, sigma, *part in parts])
 
-    def compile_around(self, layers: Sequence[str]) -> None:
+    @contextlib.contextmanager
+    def compiled_around(self, layers: Sequence[str]) -> Iterator[None]:
         """Compiles the largest blocks without any of these layers. The layers have hooks, which change from row to row."""
         modules = dict(self.network.named_modules())
-        taken = [f"{path}." for path in modules if any(f".{path}".endswith(f".{layer}") for layer in layers)]
+        hooked = [f"{path}." for path in modules if any(f".{path}".endswith(f".{layer}") for layer in layers)]
+        compiled: dict[str, nn.Module] = {}
         for path, module in modules.items():  # from the outside in
-            if type(module).__name__ in COMPILED:
-                module.__dict__.pop("forward", None)
-                own = f"{path}."
-                if not any(own.startswith(one) or one.startswith(own) for one in taken):
-                    module.forward = torch.compile(module.forward, dynamic=False)
-                    taken.append(own)
+            own = f"{path}."
+            inside = any(own.startswith(block) for block in compiled)
+            around = any(layer.startswith(own) for layer in hooked)
+            if type(module).__name__ in COMPILED and not inside and not around:
+                module.forward = torch.compile(module.forward, dynamic=False)
+                compiled[own] = module
+        try:
+            yield
+        finally:
+            for module in compiled.values():
+                del module.forward
 
 
 def layers_of(row: Row) -> list[str]:
@@ -165,8 +173,6 @@ class Bench:
         if row.model not in self.models:
             self.models[row.model] = Model(row.model, self.flow, self.device)
         model = self.models[row.model]
-        if self.compiled:
-            model.compile_around(layers_of(row))
         directions = [KINDS[name](**dict(settings)) for name, settings in row.directions]
         samples, seconds, before = [], [], model.evaluations
         form = (row.model, *(name for name, _ in row.directions), *layers_of(row))
@@ -175,7 +181,10 @@ class Bench:
             "check_attention": form not in self.checked,
         }  # once, because checks take time
         self.checked.add(form)
-        with ksag.GuidedDenoiser(model.denoiser, directions, **options) as guided:
+        with (
+            ksag.GuidedDenoiser(model.denoiser, directions, **options) as guided,
+            model.compiled_around(layers_of(row)) if self.compiled else contextlib.nullcontext(),
+        ):
             for batch, start in enumerate(range(0, row.n, self.batch)):
                 n = min(self.batch, row.n - start)
                 extra_args = conditioning(row, batch, n, self.shares, self.device)
@@ -206,7 +215,9 @@ class Bench:
         """The results of these rows, each measured by one of the processes, the first first; all wait for each other's."""
         unique = list(dict.fromkeys(rows))
         there = self.results()
-        for row in shared_out([row for row in unique if row.key not in there], self.ranks)[self.rank]:
+        for row in shared_out(unique, self.ranks)[self.rank]:  # the same shares in every process, whatever is there when it looks
+            if row.key in there:
+                continue
             self.tick()
             began = time.time()
             result = self.measure(row)

@@ -90,17 +90,40 @@ def test_the_network_in_pieces_samples_the_same(bench):
     assert (plain - whole).abs().max() > 0.1
 
 
-def test_only_blocks_without_hooks_are_compiled(bench, monkeypatch):
-    row = guided(SAG, n=2, steps=2)
+def compiled_with(bench, row, monkeypatch):
+    """The paths of the modules that are compiled for a row, whose samples must not change; nothing is compiled in fact."""
     expected, *_ = bench.sample(row)
-    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: lambda *args, **kwargs: forward(*args, **kwargs))
-    model = bench.models["emoji"]
+    modules = []
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: modules.append(forward.__self__) or forward)
     bench.compiled = True
     found, *_ = bench.sample(row)
     assert torch.equal(found, expected)
-    compiled = {path for path, module in model.network.named_modules() if path and "forward" in vars(module)}
+    network = bench.models[row.model].network
+    assert not any("forward" in vars(module) for path, module in network.named_modules() if path)  # as it was
+    paths = {module: path for path, module in network.named_modules()}
+    return {paths[module] for module in modules}
+
+
+def test_only_blocks_without_hooks_are_compiled(bench, monkeypatch):
+    compiled = compiled_with(bench, guided(SAG, n=2, steps=2), monkeypatch)
     assert {"u_net.d_blocks.2", "u_net.d_blocks.3.1", "u_net.d_blocks.3.4"} <= compiled
     assert not {"u_net.d_blocks.3", "u_net.d_blocks.3.2", "u_net.d_blocks.2.1"} & compiled
+
+
+def test_the_norms_inside_a_layer_with_hooks_are_compiled(bench, monkeypatch):
+    flow = pytest.importorskip("emoji_flow")  # which needs diffusers
+    config = json.loads((ROOT / "scripts/emoji_flow.json").read_text())
+    config["transformer"] |= {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32}
+    torch.manual_seed(0)
+    model = flow.EmojiFlow(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    flow.save(model.state_dict(), bench.out / "flow", config, {})
+    bench.flow = bench.out / "flow"
+    pag = ("PAG", frozen({"attention": "transformer_blocks.1.attn", "scale": 0.3}))
+    compiled = compiled_with(bench, guided(pag, model="emoji-flow", schedule=(), n=2, steps=2), monkeypatch)
+    assert {"transformer.transformer_blocks.0", "transformer.transformer_blocks.1.attn.norm_q"} <= compiled
+    assert not {"transformer.transformer_blocks.1", "transformer.transformer_blocks.1.attn"} & compiled
 
 
 @pytest.mark.slow
@@ -125,6 +148,18 @@ def test_the_benchmark_stops_in_time_and_keeps_whole_rows_only(bench):
     with pytest.raises(quality.OutOfTime):
         bench.measure(SHORT)
     assert not bench.results()
+
+
+def test_a_process_that_looks_later_measures_its_own_rows(bench, monkeypatch):
+    rows = [guided(PAG, steps=steps) for steps in (2, 3, 4, 5)]
+    counts, bench.ranks = measured(bench, monkeypatch, lambda row: 1.0), 2
+    first, second = quality.shared_out(rows, 2)
+    append_result(bench.out / "quality.jsonl", bench.measure(first[0]))  # by the other one
+    counts.clear()
+    bench.rank, bench.ends = 1, time.time() + 0.5
+    with pytest.raises(quality.OutOfTime):  # it waits for the other's
+        bench.run(rows)
+    assert list(counts) == second
 
 
 # The choice

@@ -8,6 +8,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,18 @@ class Statistics:
     features: Tensor
     """(m, d) of some or all of them, float32, which the kernel distance, precision and recall need."""
 
+    @cached_property
+    def root(self) -> Tensor:
+        """(d, d), the square root of the covariance."""
+        values, vectors = torch.linalg.eigh(self.cov)
+        root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        return root
+
+    @cached_property
+    def radii(self) -> Tensor:
+        """(m,), the `manifold_radii` of the features."""
+        return manifold_radii(self.features.float())
+
     def to(self, device: str | torch.device) -> "Statistics":
         """The same on `device`, where the measures are then computed."""
         return Statistics(self.extractor, self.n, self.mean.to(device), self.cov.to(device), self.features.to(device))
@@ -89,16 +102,10 @@ def load_statistics(path: str | os.PathLike[str] = STATISTICS) -> Statistics:
     return Statistics(metadata["extractor"], metadata["n"], tensors["mean"], tensors["cov"], tensors["features"].float())
 
 
-def _root(cov: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(cov)
-    root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    return root
-
-
 def frechet_distance(one: Statistics, other: Statistics) -> float:
     """|m₁ − m₂|² + tr(C₁ + C₂ − 2 (C₁ C₂)^½), the squared 2-Wasserstein distance of two normal distributions."""
     # The trace of the last root is the sum of the singular values of C₁^½ C₂^½
-    shared = torch.linalg.svdvals(_root(one.cov) @ _root(other.cov)).sum()  # eigenvalues of C₁ C₂ would lose half the digits
+    shared = torch.linalg.svdvals(one.root @ other.root).sum()  # eigenvalues of C₁ C₂ would lose half the digits
     size = one.cov.trace() + other.cov.trace()
     distance = float((one.mean - other.mean).square().sum() + size - 2 * shared)
     rounding = 10 * torch.finfo(one.cov.dtype).eps * len(one.cov) * float(size)
@@ -148,5 +155,5 @@ def measure(samples: Statistics, reference: Statistics) -> Measures:
     own, real = samples.features.float(), reference.features.float()
     return Measures(
         frechet_distance(samples, reference), kernel_distance(own, real),
-        share_inside(own, real, manifold_radii(real)), share_inside(real, own, manifold_radii(own)),
+        share_inside(own, real, reference.radii), share_inside(real, own, samples.radii),
     )  # fmt: skip
