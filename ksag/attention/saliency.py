@@ -98,25 +98,31 @@ def _can_use_flash(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
 
 
 def _received_by_flash(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The sum over heads and queries of softmax(q kᵀ · scale), (b, keys).
-
-    A key receives exp(logit − lse) from a query, where lse is the logarithm of the sum of exp(logit) over all keys. Flash attention
-    returns lse for each query. A second call, with q and k exchanged and −lse added to the logits, returns the logarithm of what
-    each key receives. Appended columns of q hold −lse: three, since half precision has too few digits for one.
-    """
+    """The sum over heads and queries of softmax(q kᵀ · scale), (b, keys)."""
     b, _, tokens, dim = (max(sizes) for sizes in zip(q.shape, k.shape, strict=True))
     received = k.new_zeros(b, k.shape[2], dtype=torch.float32)
     size = max(1, MAX_ELEMENTS // (b * tokens * (dim + COLUMNS)))
     with torch.autocast(q.device.type, enabled=False):
         for queries, keys in zip(q.split(size, dim=1), k.split(size, dim=1), strict=True):  # of some heads
-            rest = _log_sums(queries, keys, scale) / (-scale * UNIT)
-            wide_q, wide_k = F.pad(queries, (0, COLUMNS)), F.pad(keys, (0, COLUMNS))
-            for column in range(dim, dim + 3):
-                wide_q[..., column], wide_k[..., column] = rest, UNIT
-                rest = rest - wide_q[..., column]
-            received += _log_sums(wide_k, wide_q, scale).exp().sum(dim=1)
+            received += _received_from_heads(queries, keys, scale)
     total = q.shape[1] * q.shape[2]  # each query of each head gives 1
     return received * (total / received.sum(dim=1, keepdim=True))
+
+
+def _received_from_heads(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The same of a few heads, in flash attention's precision.
+
+    A key receives exp(logit − lse) from a query, where lse is the logarithm of the sum of exp(logit) over all keys. Flash attention
+    returns lse for each query. A second call, with q and k exchanged and −lse added to the logits, returns the logarithm of what
+    each key receives. Appended columns of q hold −lse: three, since half precision has too few digits for one.
+    """
+    rest = _log_sums(q, k, scale) / (-scale * UNIT)
+    first = q.shape[-1]
+    q, k = F.pad(q, (0, COLUMNS)), F.pad(k, (0, COLUMNS))
+    for column in range(first, first + 3):
+        q[..., column], k[..., column] = rest, UNIT
+        rest = rest - q[..., column]
+    return _log_sums(k, q, scale).exp().sum(dim=1)
 
 
 def _log_sums(q: Tensor, k: Tensor, scale: float) -> Tensor:
