@@ -1,10 +1,11 @@
 """What is each kind of guidance worth?  `python benchmarks/quality.py choose`, then `report`
 
-Samples two models of emoji, plain and guided, from the same noise: the bundled UNet ("emoji"), and a transformer trained by flow
-matching (`scripts/train_emoji_flow.py`, "emoji-flow"). `ksag.evaluate` compares the samples with the pictures that both were
-trained on. `choose` tries settings on one set of seeds; `report` measures the chosen ones on three others, the most important rows
-first; `quality_plan.py` says which. Every row is appended to quality.jsonl as soon as it is measured and is not measured again, so
-that either command continues where it was stopped. On four GPUs, replace `python` with `torchrun --standalone --nproc-per-node 4`.
+Samples models of emoji, plain and guided, from the same noise: the bundled UNet ("emoji"), and two trainings of a transformer by
+flow matching (`scripts/train_emoji_flow.py`, "emoji-flow" and "emoji-flow-2"). `ksag.evaluate` compares the samples with the
+pictures that they were trained on. `choose` tries settings on one set of seeds; `report` measures the chosen ones on three others,
+the most important rows first; `quality_plan.py` says which. Every row is appended to quality.jsonl as soon as it is measured and is
+not measured again, so that either command continues where it was stopped. On four GPUs, replace `python` with
+`torchrun --standalone --nproc-per-node 4`.
 
 A set of seeds fixes the noise of every batch: it is drawn on the device by one generator per batch (the Brownian tree of an SDE
 sampler has one seed per batch too), so that all rows of a set start from, and add, the same noise. On a GPU, the network runs under
@@ -87,13 +88,14 @@ def conditioning(row: Row, batch: int, n: int, shares: Sequence[int], device: to
 class Model:
     """A denoiser whose network gets at most `piece` samples at a time, under autocast on a GPU, and counts them."""
 
-    def __init__(self, name: str, flow: Path, device: torch.device, piece: int = 500):
+    def __init__(self, name: str, flows: Path, device: torch.device, piece: int = 500):
         if name == "emoji":
             self.denoiser, self.cond_key = zoo.load(device=device), "mapping_cond"
         else:
             import emoji_flow
 
-            self.denoiser, self.cond_key = ksag.FlowDenoiser(emoji_flow.load(flow, device)).eval(), "cond"
+            trained = emoji_flow.load(flows / name.replace("-", "_"), device)
+            self.denoiser, self.cond_key = ksag.FlowDenoiser(trained).eval(), "cond"
         self.network, self.device, self.piece, self.evaluations = self.denoiser.inner_model, device, piece, 0
         self.forward, self.network.forward = self.network.forward, self.in_pieces
 
@@ -142,7 +144,7 @@ class Bench:
     device: torch.device
     judges: list[tuple[features.Extractor, evaluate.Statistics]]
     shares: list[int]
-    flow: Path = Path("runs/emoji_flow")
+    flows: Path = Path("runs")
     batch: int = 1000
     ends: float = math.inf
     rank: int = 0
@@ -171,7 +173,7 @@ class Bench:
     def sample(self, row: Row) -> tuple[Tensor, list[float], float]:
         """The samples (n, 3, 64, 64), the seconds of each batch, and the evaluations of the network for each sample."""
         if row.model not in self.models:
-            self.models[row.model] = Model(row.model, self.flow, self.device)
+            self.models[row.model] = Model(row.model, self.flows, self.device)
         model = self.models[row.model]
         directions = [KINDS[name](**dict(settings)) for name, settings in row.directions]
         samples, seconds, before = [], [], model.evaluations
@@ -251,9 +253,11 @@ def load_judges(
 @click.argument("stages", nargs=-1, required=True, type=click.Choice(["choose", "report", "estimate"]))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quality"), show_default=True,
               help="The folder of quality.jsonl and quality_choice.json.")  # fmt: skip
-@click.option("--model", "models", multiple=True, type=click.Choice(list(SPEED)), default=list(SPEED), show_default=True)
-@click.option("--flow", type=click.Path(path_type=Path), default=Path("runs/emoji_flow"), show_default=True,
-              help="The folder of train_emoji_flow.py.")  # fmt: skip
+@click.option(
+    "--model", "models", multiple=True, type=click.Choice(list(SPEED)), default=["emoji", "emoji-flow"], show_default=True
+)
+@click.option("--flows", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
+              help="What holds emoji_flow and emoji_flow_2, folders of train_emoji_flow.py.")  # fmt: skip
 @click.option("--judge", "folders", multiple=True, type=click.Path(exists=True, path_type=Path),
               default=[features.CLASSIFIER.parent],
               help="A folder of train_classifier.py; by default the bundled one. The first chooses, all report.")  # fmt: skip
@@ -263,7 +267,7 @@ def load_judges(
 @click.option("--choose-seconds", type=float, default=math.inf, help="Report the best found after so many seconds.")
 @click.option("--limit", type=int, help="Only the first rows of the report.")
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="On a GPU.")
-def main(stages, out, models, flow, folders, n, tries, seconds, choose_seconds, limit, compiled):
+def main(stages, out, models, flows, folders, n, tries, seconds, choose_seconds, limit, compiled):
     import quality_plan as plan
 
     ends = time.time() + seconds
@@ -277,7 +281,7 @@ def main(stages, out, models, flow, folders, n, tries, seconds, choose_seconds, 
     out.mkdir(parents=True, exist_ok=True)
     judges, shares = load_judges(folders, device)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    bench = Bench(out, device, judges, shares, flow, 1000, ends, rank, ranks, compiled and device.type == "cuda")
+    bench = Bench(out, device, judges, shares, flows, 1000, ends, rank, ranks, compiled and device.type == "cuda")
     for stage in stages:
         bench.ends = min(ends, time.time() + choose_seconds) if stage == "choose" else ends
         choice = plan.load_choice(out)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from quality_rows import SCHEDULE, TWO_CALLS, Directions, Row, frozen
+from quality_rows import FLOWS, SCHEDULE, TWO_CALLS, Directions, Row, frozen
 
 from ksag.samplers import SAMPLERS
 
@@ -25,12 +25,10 @@ CHOICE_SEEDS, REPORT_SEEDS = 1, (2, 3, 4)
 MAIN = ("euler", "dpmpp_2m")
 PLAIN_STEPS = (24, 36, 54)
 """Where `choose` measures plain sampling; it interpolates in between."""
-SCHEDULES: dict[str, list[dict[str, float]]] = {
-    "emoji": [SCHEDULE],
-    "emoji-flow": [{}, *({"sigma_min": low, "sigma_max": 160.0, "rho": 7.0} for low in (0.04, 0.12, 0.32)),
-                   {"sigma_min": 0.04, "sigma_max": 40.0, "rho": 7.0}],
-}  # fmt: skip
-RANGES = {"emoji": ((0.4, 12.0), (0.4, 6.0)), "emoji-flow": ((0.1, 12.0), (0.05, 40.0))}
+FLOW_SCHEDULES = [{}, *({"sigma_min": low, "sigma_max": 160.0, "rho": 7.0} for low in (0.04, 0.12, 0.32)),
+                  {"sigma_min": 0.04, "sigma_max": 40.0, "rho": 7.0}]  # fmt: skip
+SCHEDULES: dict[str, list[dict[str, float]]] = {"emoji": [SCHEDULE], **dict.fromkeys(FLOWS, FLOW_SCHEDULES)}
+RANGES = {"emoji": ((0.4, 12.0), (0.4, 6.0)), **dict.fromkeys(FLOWS, ((0.1, 12.0), (0.05, 40.0)))}
 """Each model's first sigma_range, and the other one."""
 DOWN, UP, BOTH = "d_blocks.3.2", "u_blocks.1.1", ["d_blocks.3.2", "d_blocks.3.4"]
 THREE = [*BOTH, "u_blocks.0.1"]
@@ -44,15 +42,15 @@ STARTS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "SEG": [{"attention": layers, "scale": scale} for layers, scale in ((BOTH, 2.5), (UP, 2.0), (THREE, 2.0))],
         "skipping": [{"blocks": layers, "scale": scale} for layers, scale in ((BOTH, 1.0), (UP, 1.0), (THREE, 0.7))],
     },
-    "emoji-flow": {
+    **{model: {
         "SAG": [{"attention": f"{block}.attn", "scale": 1.0, "blur_sigma": 2.0} for block in BLOCKS],
         "SAG, one pass": [{"attention": f"{block}.attn", "scale": 1.4, "blur_sigma": 2.0, "one_pass": True} for block in BLOCKS],
         "PAG": [{"attention": f"{block}.attn", "scale": 0.3} for block in BLOCKS],
         "SEG": [{"attention": f"{block}.attn", "scale": 0.3} for block in BLOCKS],
         "skipping": [{"blocks": block, "scale": 0.3} for block in BLOCKS],
-    },
+    } for model in FLOWS},
 }  # fmt: skip
-TRIES = {"emoji": 4, "emoji-flow": 12}
+TRIES = {"emoji": 4, **dict.fromkeys(FLOWS, 12)}
 """Settings to try for each method."""
 TOGETHER = "SAG + PAG"
 KINDS = {"SAG": "SAG", "SAG, one pass": "SAG", "PAG": "PAG", "SEG": "SEG", "skipping": "SkipBlock"}
@@ -196,7 +194,7 @@ def methods_of(of_model: Choice) -> dict[str, Directions]:
 def report_rows(choice: Choice) -> list[Row]:
     """All rows of the tables, the most important first."""
     parts: list[list[Row]] = []
-    n, first = {"emoji": 5000, "emoji-flow": 3000}, REPORT_SEEDS[0]
+    n, first = {"emoji": 5000, **dict.fromkeys(FLOWS, 3000)}, REPORT_SEEDS[0]
 
     def row(model: str, sampler: str, steps: int, directions: Directions = (), **other: Any) -> Row:
         schedule = frozen(choice[model]["schedule"])
@@ -208,7 +206,7 @@ def report_rows(choice: Choice) -> list[Row]:
 
     def along(model: str, samplers: Sequence[str], most: Sequence[int]) -> list[Row]:
         ways = methods_of(choice[model])
-        shown = [(), *(ways[name] for name in ALONG if name in ways)]
+        shown = [(), *(ways[name] for name in ALONG if name in ways), recommended(choice[model])]
         steps = {way: most if way else ALONG_STEPS for way in shown}
         return [row(model, sampler, k, way) for sampler in samplers for way in shown for k in steps[way]]
 

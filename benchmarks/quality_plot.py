@@ -4,7 +4,7 @@ Draws from quality.jsonl, at 8 to 64 steps: docs/evaluations.png, FD against eva
 docs/curves.png, FD against evaluations and against seconds with three samplers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from quality_rows import Result
-from quality_table import HERE, PLAIN, SAMPLED, TITLES, Curves, along, fd, load, seconds
+from quality_table import ENOUGH, HERE, PLAIN, SAMPLED, TITLES, Curves, along, fd, load, seconds
 
 STYLES = {
     PLAIN: ("#777777", "o-"), "SAG": ("#e07b00", "s-"), "SAG, one pass": ("#7a4a00", "^--"), "PAG": ("#2a78c2", "D-"),
-    "SAG + PAG": ("#b3123f", "v-"),
+    "SAG + PAG": ("#b3123f", "v-"), "SEG": ("#2e8b57", "P-"),
 }  # fmt: skip
 """Each method's colour, and its marker and line."""
 FDS = (4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 40)
@@ -31,7 +31,7 @@ def draw_curves(axes: Axes, curves: Curves, label: str, title: str) -> None:
     """FD against one kind of cost."""
     cost, ticks = COSTS[label]
     for name, (color, line) in STYLES.items():
-        if name in curves:
+        if len(curves.get(name, ())) >= ENOUGH:
             x, y = zip(*((cost(result), fd(result)) for result in curves[name].values()), strict=True)
             axes.plot(x, y, line, color=color, markersize=4, linewidth=1.6, label=name)
     axes.set(xscale="log", yscale="log", title=title, xlim=(ticks[0] / 1.15, ticks[-1] * 1.15))
@@ -54,23 +54,24 @@ def add_legend(figure: Figure) -> None:
     )
 
 
-def small(of: Callable[[str, str], Curves]) -> Figure:
-    """Both models with `euler`, FD against evaluations."""
-    figure = Figure(figsize=(9, 4.3), dpi=180, facecolor="white", layout="constrained")
-    for axes, (model, title) in zip(figure.subplots(1, 2, sharey=True), TITLES.items(), strict=True):
-        draw_curves(axes, of(model, "euler"), next(iter(COSTS)), f"{title}, euler")
-    figure.axes[1].set_ylabel("")
+def small(of: Callable[[str, str], Curves], models: Sequence[str]) -> Figure:
+    """A column for each model with `euler`, FD against evaluations."""
+    figure = Figure(figsize=(11, 4), dpi=180, facecolor="white", layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models, strict=True):
+        draw_curves(axes, of(model, "euler"), next(iter(COSTS)), TITLES[model])
+        if axes is not figure.axes[0]:
+            axes.set_ylabel("")
     add_legend(figure)
     return figure
 
 
-def large(of: Callable[[str, str], Curves]) -> Figure:
+def large(of: Callable[[str, str], Curves], models: Sequence[str]) -> Figure:
     """A column for each sampler, and two rows for each model."""
-    figure = Figure(figsize=(11, 14), dpi=130, facecolor="white", layout=ConstrainedLayoutEngine(hspace=0.06))
-    rows = [(model, label) for model in TITLES for label in COSTS]
+    figure = Figure(figsize=(11, 20 / 3 * len(models)), dpi=110, facecolor="white", layout=ConstrainedLayoutEngine(hspace=0.06))
+    rows = [(model, label) for model in models for label in COSTS]
     for of_row, (model, label) in zip(figure.subplots(len(rows), len(SAMPLED)), rows, strict=True):
         for axes, sampler in zip(of_row, SAMPLED, strict=True):
-            draw_curves(axes, of(model, sampler), label, f"{TITLES[model].split(' trained')[0]}, {sampler}")
+            draw_curves(axes, of(model, sampler), label, f"{TITLES[model]}\n{sampler}")
             if axes is not of_row[0]:
                 axes.set_ylabel("")
     add_legend(figure)
@@ -86,8 +87,8 @@ def main(folder: Path, out: Path) -> None:
     def of(model: str, sampler: str) -> Curves:
         return along(results, choice, model, sampler)
 
-    small(of).savefig(out / "evaluations.png")
-    large(of).savefig(out / "curves.png")
+    small(of, list(choice)).savefig(out / "evaluations.png")
+    large(of, list(choice)).savefig(out / "curves.png")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ Result = dict[str, Any]
 SCHEDULE = {"sigma_min": 0.32, "sigma_max": 160.0, "rho": 7.0}
 """Karras's schedule for the bundled model."""
 TWO_CALLS = {"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"}
-SPEED = {"emoji": 22_000, "emoji-flow": 19_000}
-"""Evaluations a second to expect of one H200."""
+FLOWS = ("emoji-flow", "emoji-flow-2")
+"""Two trainings of the transformer."""
+SPEED = {"emoji": 22_000, **dict.fromkeys(FLOWS, 20_000)}
+"""Each model, and the evaluations a second to expect of one H200."""
 
 
 def frozen(value: Any) -> Any:
@@ -43,7 +45,7 @@ class Row:
     """What is sampled.
 
     Attributes:
-        model: "emoji" or "emoji-flow".
+        model: "emoji", "emoji-flow" or "emoji-flow-2".
         schedule: arguments of `get_sigmas_karras`; nothing for steps uniform in t.
         directions: pairs of a class in `ksag` and its settings; nothing for plain sampling.
         cond_scale: of classifier-free guidance by category; None for no category.

@@ -31,7 +31,7 @@ from quality_plan import (
     recommended,
     starts,
 )
-from quality_rows import Directions, Result, Row, Settings, frozen, load_results
+from quality_rows import FLOWS, Directions, Result, Row, Settings, frozen, load_results
 
 HERE = Path(__file__).parent
 FIRST, STEPS, FEW = REPORT_SEEDS[0], 24, 2000
@@ -39,7 +39,7 @@ FIRST, STEPS, FEW = REPORT_SEEDS[0], 24, 2000
 ENOUGH = 4
 """Points that a curve has at least; the methods without a curve have two."""
 PLAIN = "plain"
-TITLES = {"emoji": "Bundled UNet", "emoji-flow": "Transformer trained by flow matching"}
+TITLES = {"emoji": "Bundled UNet", "emoji-flow": "Transformer, first training", "emoji-flow-2": "Transformer, second training"}
 Results = dict[Row, Result]
 Curves = dict[str, dict[int, Result]]
 
@@ -315,7 +315,7 @@ def page(results: Results, choice: Choice, gpus: Sequence[str] = ()) -> str:
             section(
                 f"{title}, `{sampler}` with classifier-free guidance, {FEW:,} pictures", cfg_table(results, choice, model, sampler)
             )
-        if model == "emoji-flow":
+        if model in FLOWS:
             text = "FD over plain sampling with equal evaluations, under `euler` and `dpmpp_2m`, each method at one scale."
             section(f"{title}, by block, 1,000 pictures", text, block_table(results, choice, model))
     if gpus:

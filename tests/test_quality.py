@@ -23,7 +23,7 @@ import quality_table
 import torch
 from click.core import ParameterSource
 from PIL import Image
-from quality_rows import Row, append_result, frozen, load_results
+from quality_rows import SPEED, Row, append_result, frozen, load_results
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
@@ -118,8 +118,8 @@ def test_the_norms_inside_a_layer_with_hooks_are_compiled(bench, monkeypatch):
     model = flow.EmojiFlow(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    flow.save(model.state_dict(), bench.out / "flow", config, {})
-    bench.flow = bench.out / "flow"
+    flow.save(model.state_dict(), bench.out / "emoji_flow", config, {})
+    bench.flows = bench.out
     pag = ("PAG", frozen({"attention": "transformer_blocks.1.attn", "scale": 0.3}))
     compiled = compiled_with(bench, guided(pag, model="emoji-flow", schedule=(), n=2, steps=2), monkeypatch)
     assert {"transformer.transformer_blocks.0", "transformer.transformer_blocks.1.attn.norm_q"} <= compiled
@@ -241,9 +241,9 @@ def test_the_report_has_plain_beside_every_guided_row():
     assert {row.sampler for row in rows} == set(quality_plan.SAMPLERS)
     assert all(row.plain in rows for row in rows if row.directions and row.steps <= 64)
     at_24 = [row for row in rows if row.directions and row.n > 2000]
-    assert all(row.equal in rows for row in at_24) and len(at_24) == 2 * 2 * 3 * 7
+    assert all(row.equal in rows for row in at_24) and len(at_24) == len(SPEED) * 2 * 3 * 7
     first = rows[: len(rows) // 10]
-    assert {row.model for row in first} == {"emoji", "emoji-flow"} and {row.steps for row in first if row.directions} == {24}
+    assert {row.model for row in first} == set(SPEED) and {row.steps for row in first if row.directions} == {24}
 
 
 def test_the_settings_to_start_from_name_layers_of_the_models():
@@ -286,7 +286,7 @@ def test_the_table_divides_by_plain_at_equal_steps_and_at_equal_evaluations():
 def test_the_page_has_only_what_was_measured():
     choice, results = some_choice(), some_results()
     whole = quality_table.page(results, choice)
-    assert whole.count("\n| SAG + PAG |") == 4 and "| 24 | 3.75 (24) | 2.25 (" in whole
+    assert whole.count("\n| SAG + PAG |") == 2 * len(SPEED) and "| 24 | 3.75 (24) | 2.25 (" in whole
     for text in (
         "other samplers",
         "| `heun` | 16 |",
@@ -341,7 +341,7 @@ def test_the_stored_page_and_pictures_are_those_of_the_stored_rows():
     gpus = (ROOT / "benchmarks/quality_gpus.jsonl").read_text().splitlines()
     assert (ROOT / "docs/quality.md").read_text() == quality_table.page(*stored, gpus)
     for name, draw in (("evaluations", quality_plot.small), ("curves", quality_plot.large)):
-        figure = draw(functools.partial(quality_table.along, *stored))
+        figure = draw(functools.partial(quality_table.along, *stored), list(stored[1]))
         for axes in figure.axes:
             assert {line.get_label() for line in axes.lines} >= {"plain", "SAG", "PAG", "SAG + PAG"}, axes.get_title()
             assert all(len(line.get_xdata()) >= quality_table.ENOUGH for line in axes.lines)
