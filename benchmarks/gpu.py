@@ -365,7 +365,7 @@ def main(out: Path, models: tuple[str, ...], budget: float, checkout: Path | Non
         (out / "gpu.md").write_text(report(run))
         gc.collect()
         torch.cuda.empty_cache()
-    click.echo(f"\n{(out / 'gpu.md').read_text()}")
+    click.echo(f"\n{report(run)}")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def add_legend(figure: Figure) -> None:
 
 def small(of: Callable[[str, str], Curves], models: Sequence[str]) -> Figure:
     """A column for each model with `euler`, FD against evaluations."""
-    figure = Figure(figsize=(11, 4), dpi=180, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(9, 3.7), dpi=200, facecolor="white", layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models, strict=True):
         draw_curves(axes, of(model, "euler"), next(iter(COSTS)), TITLES[model])
         if axes is not figure.axes[0]:
