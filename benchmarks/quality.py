@@ -29,7 +29,7 @@ from typing import Any
 import click
 import k_diffusion as K
 import torch
-from quality_rows import SPEED, Result, Row, append_result, describe, load_results, shared_out, sigmas
+from quality_rows import SPEED, Result, Row, append_result, describe, load_results, shared_out, sigmas, to_sample
 from skip_block import SkipBlock
 from torch import Tensor, nn
 
@@ -198,8 +198,13 @@ class Bench:
                 seconds.append(round(time.perf_counter() - began, 4))
         return torch.cat(samples), seconds, (model.evaluations - before) / row.n
 
-    def measure(self, row: Row) -> Result:
+    def measure(self, row: Row, sizes: Sequence[int] = ()) -> list[Result]:
+        """The results of a row with each of these numbers of samples, by default its own: fewer are the first ones."""
         x, seconds, evaluations = self.sample(row)
+        rows = [dataclasses.replace(row, n=n) for n in sizes or [row.n]]
+        return [self.judge(row, x[: row.n], seconds[: math.ceil(row.n / self.batch)], evaluations) for row in rows]
+
+    def judge(self, row: Row, x: Tensor, seconds: list[float], evaluations: float) -> Result:
         bad = int((~x.flatten(1).isfinite().all(dim=1)).sum())
         pictures = features.to_bytes(x.nan_to_num(0, 1, -1))
         measures = {}
@@ -216,17 +221,18 @@ class Bench:
     def run(self, rows: Sequence[Row]) -> dict[Row, Result]:
         """The results of these rows, each measured by one of the processes, the first first; all wait for each other's."""
         unique = list(dict.fromkeys(rows))
+        sizes = to_sample(unique)
         there = self.results()
-        for row in shared_out(unique, self.ranks)[self.rank]:  # the same shares in every process, whatever is there when it looks
-            if row.key in there:
+        for row in shared_out(list(sizes), self.ranks)[self.rank]:  # the same in every process, whatever is there when it looks
+            if all(dataclasses.replace(row, n=n).key in there for n in sizes[row]):
                 continue
             self.tick()
             began = time.time()
-            result = self.measure(row)
-            append_result(self.out / "quality.jsonl", result)
-            fds = ", ".join(f"{m['fd']:.3f}" for m in result["measures"].values())
-            speed = row.n * result["evaluations"] / sum(result["seconds"])
-            self.log(f"{describe(row)}: FD {fds}; {time.time() - began:.1f} s, {speed:.0f} evaluations a second")
+            for result in self.measure(row, sizes[row]):
+                append_result(self.out / "quality.jsonl", result)
+                fds = ", ".join(f"{m['fd']:.3f}" for m in result["measures"].values())
+                speed = Row.of(result).n * result["evaluations"] / sum(result["seconds"])
+                self.log(f"{describe(Row.of(result))}: FD {fds}; {time.time() - began:.1f} s, {speed:.0f} evaluations a second")
         while not {row.key for row in unique} <= (there := self.results()).keys():
             self.tick()
             time.sleep(0.2)
@@ -290,7 +296,7 @@ def main(stages, out, models, flows, folders, n, tries, seconds, choose_seconds,
         if stage == "estimate":
             for name in models:
                 of_model = [row for row in rows if row.model == name]
-                click.echo(f"{name}: {len(of_model)} rows, {sum(row.cost for row in of_model):.0f} s on one H200")
+                click.echo(f"{name}: {len(of_model)} rows, {sum(row.cost for row in to_sample(of_model)):.0f} s on one H200")
             continue
         try:
             plan.choose(bench, models, n or 1000, tries) if stage == "choose" else bench.run(rows)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,18 @@ def sigmas(row: Row, device: str | torch.device = "cpu") -> Tensor:
         return K.sampling.get_sigmas_karras(row.steps, **dict(row.schedule), device=device)
     t = torch.linspace(0.999, 0, row.steps + 1, device=device)
     return t / (1 - t)
+
+
+def to_sample(rows: Iterable[Row]) -> dict[Row, list[int]]:
+    """The rows to sample, each with the numbers of samples of the rows that it serves: those that differ from it in n only.
+
+    >>> [(row.n, sizes) for row, sizes in to_sample([Row(n=2), Row(n=3, steps=8), Row(n=5)]).items()]
+    [(5, [2, 5]), (3, [3])]
+    """
+    sizes: dict[Row, list[int]] = {}
+    for row in rows:
+        sizes.setdefault(dataclasses.replace(row, n=0), []).append(row.n)
+    return {dataclasses.replace(row, n=max(served)): served for row, served in sizes.items()}
 
 
 def shared_out(rows: Sequence[Row], ranks: int) -> list[list[Row]]:

@@ -133,12 +133,12 @@ def test_the_benchmark_goes_on_where_it_was_killed(bench, monkeypatch):
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:50])  # killed while it wrote the next row
     measured, measure = [], bench.measure
-    monkeypatch.setattr(bench, "measure", lambda row: measured.append(row) or measure(row))
+    monkeypatch.setattr(bench, "measure", lambda row, sizes: measured.append(row) or measure(row, sizes))
     results = bench.run([SHORT, guided(PAG)])
     assert measured == [guided(PAG)] and results[SHORT] == first
     assert [Row.of(result) for result in load_results(path).values()] == [*results]
     assert results[guided(PAG)]["measures"] != first["measures"] and not first["not_finite"]
-    assert measure(SHORT)["measures"] == first["measures"]  # a set of seeds is the same noise
+    assert measure(SHORT)[0]["measures"] == first["measures"]  # a set of seeds is the same noise
 
 
 def test_the_benchmark_stops_in_time_and_keeps_whole_rows_only(bench):
@@ -150,11 +150,23 @@ def test_the_benchmark_stops_in_time_and_keeps_whole_rows_only(bench):
     assert not bench.results()
 
 
+@pytest.mark.slow
+def test_rows_that_differ_in_the_number_of_samples_only_are_sampled_once(bench, monkeypatch):
+    small, large = SHORT, dataclasses.replace(SHORT, n=8)
+    (expected,) = bench.measure(small)
+    sampled, sample = [], bench.sample
+    monkeypatch.setattr(bench, "sample", lambda row: sampled.append(row) or sample(row))
+    found = bench.run([large, guided(PAG), small])
+    assert sampled == [large, guided(PAG)] and found[small]["measures"] == expected["measures"] != found[large]["measures"]
+    assert [len(found[row]["seconds"]) for row in (small, large)] == [1, 2]
+    assert bench.run([small, large]) == {row: found[row] for row in (small, large)} and len(sampled) == 2
+
+
 def test_a_process_that_looks_later_measures_its_own_rows(bench, monkeypatch):
     rows = [guided(PAG, steps=steps) for steps in (2, 3, 4, 5)]
     counts, bench.ranks = measured(bench, monkeypatch, lambda row: 1.0), 2
     first, second = quality.shared_out(rows, 2)
-    append_result(bench.out / "quality.jsonl", bench.measure(first[0]))  # by the other one
+    append_result(bench.out / "quality.jsonl", *bench.measure(first[0]))  # by the other one
     counts.clear()
     bench.rank, bench.ends = 1, time.time() + 0.5
     with pytest.raises(quality.OutOfTime):  # it waits for the other's
@@ -169,10 +181,11 @@ def measured(bench, monkeypatch, fd):
     """A bench whose rows have the FD that a function of them says; the rows that were measured are counted."""
     counts = Counter()
 
-    def measure(row):
+    def measure(row, sizes=()):
         counts[row] += 1
         measures = {bench.judges[0][0].name: {"fd": fd(row)}}
-        return {"row": json.loads(row.key), "measures": measures, "evaluations": row.evaluations, "seconds": [1.0]}
+        result = {"measures": measures, "evaluations": row.evaluations, "seconds": [1.0]}
+        return [result | {"row": json.loads(dataclasses.replace(row, n=n).key)} for n in sizes or [row.n]]
 
     monkeypatch.setattr(bench, "measure", measure)
     return counts
