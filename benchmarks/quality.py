@@ -1,15 +1,15 @@
 """What is each kind of guidance worth?  `python benchmarks/quality.py choose`, then `report`
 
-Samples models of emoji, plain and guided, from the same noise: the bundled UNet ("emoji"), and two trainings of a transformer by
-flow matching (`scripts/train_emoji_flow.py`, "emoji-flow" and "emoji-flow-2"). `ksag.evaluate` compares the samples with the
-pictures that they were trained on. `choose` tries settings on one set of seeds; `report` measures the chosen ones on three others,
-the most important rows first; `quality_plan.py` says which. Every row is appended to quality.jsonl as soon as it is measured and is
-not measured again, so that either command continues where it was stopped. On four GPUs, replace `python` with
+Samples models of emoji, plain and guided, from the same noise: the bundled UNet ("emoji"), and one or two trainings of a
+transformer by flow matching (`scripts/train_emoji_flow.py`, "emoji-flow" and "emoji-flow-2"). `ksag.evaluate` compares the samples
+with the pictures that they were trained on. `choose` tries settings on one set of seeds; `report` measures the chosen ones on three
+others, the most important rows first; `quality_plan.py` says which. Every row is appended to quality.jsonl as soon as it is
+measured and is not measured again, so that either command continues where it was stopped. On four GPUs, replace `python` with
 `torchrun --standalone --nproc-per-node 4`.
 
 A set of seeds fixes the noise of every batch: it is drawn on the device by one generator per batch (the Brownian tree of an SDE
 sampler has one seed per batch too), so that all rows of a set start from, and add, the same noise. On a GPU, the network runs under
-autocast in float16, the parts of it that no direction reads or changes are compiled, and it gets 500 samples at a time, so that the
+autocast in float16, the parts of it that hold no layer with hooks are compiled, and it gets 500 samples at a time, so that the
 compiled code serves every row. All else is float32. Samples are rounded to 8 bits. Evaluations are counted: one for each sample
 that goes through the network.
 """
@@ -107,16 +107,18 @@ class Model:
             return torch.cat([self.forward(x, sigma, **dict(zip(kwargs, part, strict=True))) for x, sigma, *part in parts])
 
     @contextlib.contextmanager
-    def compiled_around(self, layers: Sequence[str]) -> Iterator[None]:
-        """Compiles the largest blocks without any of these layers. The layers have hooks, which change from row to row."""
+    def compiled_but_for(self, layers: Sequence[str]) -> Iterator[None]:
+        """Compiles the largest modules that hold none of these layers, also inside of one: they have hooks, which rows change."""
         modules = dict(self.network.named_modules())
         hooked = [f"{path}." for path in modules if any(f".{path}".endswith(f".{layer}") for layer in layers)]
+        if len(hooked) != len(set(layers)):
+            raise ValueError(f"Expected one module for each of {layers}, got {hooked}.")
         compiled: dict[str, nn.Module] = {}
         for path, module in modules.items():  # from the outside in
             own = f"{path}."
-            inside = any(own.startswith(block) for block in compiled)
-            around = any(layer.startswith(own) for layer in hooked)
-            if type(module).__name__ in COMPILED and not inside and not around:
+            is_compiled = any(own.startswith(block) for block in compiled)
+            holds_hooks = any(layer.startswith(own) for layer in hooked)
+            if type(module).__name__ in COMPILED and not is_compiled and not holds_hooks:
                 module.forward = torch.compile(module.forward, dynamic=False)
                 compiled[own] = module
         try:
@@ -185,7 +187,7 @@ class Bench:
         self.checked.add(form)
         with (
             ksag.GuidedDenoiser(model.denoiser, directions, **options) as guided,
-            model.compiled_around(layers_of(row)) if self.compiled else contextlib.nullcontext(),
+            model.compiled_but_for(layers_of(row)) if self.compiled else contextlib.nullcontext(),
         ):
             for batch, start in enumerate(range(0, row.n, self.batch)):
                 n = min(self.batch, row.n - start)
@@ -268,7 +270,7 @@ def load_judges(
               default=[features.CLASSIFIER.parent],
               help="A folder of train_classifier.py; by default the bundled one. The first chooses, all report.")  # fmt: skip
 @click.option("--n", type=int, help="Samples a row; by default 1000 to choose, and 2000 to 5000 to report.")
-@click.option("--tries", type=int, help="Settings to try for each method; by default 4 for the UNet, 12 for the transformer.")
+@click.option("--tries", type=int, help="Settings to try for each method; by default 4 for the UNet, 12 for a transformer.")
 @click.option("--seconds", type=float, default=math.inf, help="Stop after so many seconds.")
 @click.option("--choose-seconds", type=float, default=math.inf, help="Report the best found after so many seconds.")
 @click.option("--limit", type=int, help="Only the first rows of the report.")

@@ -1,7 +1,7 @@
 """Which rows the quality benchmark measures: the settings that `choose` tries, and the tables of `report`.
 
 `choose` tries the same number of settings for each method, on seeds that `report` does not use: first those that are written here
-(three on the UNet, every block on the transformer), then, as far as the number allows, the best of them stronger, weaker, and at
+(three on the UNet, every block of a transformer), then, as far as the number allows, the best of them stronger, weaker, and at
 other noise levels. If even the best is worse than plain sampling, only weaker ones follow. SAG + PAG starts from the best of both.
 The score of a setting is the mean over the samplers of log(FD / FD of plain sampling at the same number of evaluations).
 """
@@ -58,7 +58,7 @@ METHODS = (*KINDS, TOGETHER)
 ALONG = ("SAG", "SAG, one pass", "PAG", TOGETHER)
 SAMPLED = (*MAIN, "dpmpp_2m_sde")
 ALONG_STEPS = (8, 12, 16, 24, 32, 48, 64)
-"""The methods and samplers that are measured at these steps."""
+"""The methods, besides each model's best, and the samplers that are measured at these steps."""
 OTHERS = {s: 16 if s in TWO_CALLS else 32 if s.endswith(("sde", "ancestral")) else 24 for s in SAMPLERS if s not in MAIN}
 """The steps of the other samplers, with which they evaluate the model about as often, or more often where they add noise."""
 Choice = dict[str, Any]

@@ -1,7 +1,7 @@
 """What did `benchmarks/quality.py` find?  `python benchmarks/quality_table.py`
 
 Writes docs/quality.md from quality.jsonl and quality_choice.json: for each model and sampler all methods at 24 steps, then the
-settings of the methods, FD by steps, the other samplers, classifier-free guidance, and the transformer's blocks. Only rows that
+settings of the methods, FD by steps, the other samplers, classifier-free guidance, and a transformer's blocks. Only rows that
 were measured appear. The last table comes from quality_gpus.jsonl, if it is there: rows of one GPU alone, and beside another.
 """
 
@@ -244,7 +244,7 @@ def effective(measures: dict[str, float], plain: list[dict[str, float]], scales:
     return [f"{scale:.2f}", f"{distance:.2f}"]
 
 
-# The blocks of the transformer
+# The blocks of a transformer
 
 
 def block_table(results: Results, choice: Choice, model: str) -> str:

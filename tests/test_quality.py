@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import re
@@ -93,15 +94,30 @@ def test_the_network_in_pieces_samples_the_same(bench):
 def compiled_with(bench, row, monkeypatch):
     """The paths of the modules that are compiled for a row, whose samples must not change; nothing is compiled in fact."""
     expected, *_ = bench.sample(row)
-    modules = []
-    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: modules.append(forward.__self__) or forward)
+    modules, called = [], set()
+
+    def compile(forward, dynamic):
+        def call(*args, **kwargs):
+            called.add(forward.__self__)
+            return forward(*args, **kwargs)
+
+        modules.append(forward.__self__)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
     bench.compiled = True
     found, *_ = bench.sample(row)
-    assert torch.equal(found, expected)
+    assert torch.equal(found, expected) and called
     network = bench.models[row.model].network
     assert not any("forward" in vars(module) for path, module in network.named_modules() if path)  # as it was
     paths = {module: path for path, module in network.named_modules()}
     return {paths[module] for module in modules}
+
+
+def test_a_layer_that_is_not_there_is_an_error(bench):
+    bench.compiled = True
+    with pytest.raises(ValueError, match=r"one module for each of \['middle'\], got \[\]"):
+        bench.sample(guided(("PAG", (("scale", 1.0),)), n=2, steps=2))
 
 
 def test_only_blocks_without_hooks_are_compiled(bench, monkeypatch):
@@ -259,6 +275,15 @@ def test_the_report_has_plain_beside_every_guided_row():
     assert {row.model for row in first} == set(SPEED) and {row.steps for row in first if row.directions} == {24}
 
 
+def test_the_best_method_has_a_curve_too():
+    choice = some_choice()
+    assert "SEG" not in quality_plan.ALONG
+    choice["emoji"]["methods"]["SEG"]["score"] = -100
+    seg = quality_plan.methods_of(choice["emoji"])["SEG"]
+    found = {(row.sampler, row.steps) for row in quality_plan.report_rows(choice) if (row.directions, row.n) == (seg, 2000)}
+    assert found >= set(itertools.product(quality_plan.SAMPLED, quality_plan.ALONG_STEPS))
+
+
 def test_the_settings_to_start_from_name_layers_of_the_models():
     layers = {name for name, _ in zoo.load().named_modules()}
     for row in (dataclasses.replace(SHORT, directions=way) for way in quality_plan.methods_of(some_choice()["emoji"]).values()):
@@ -349,14 +374,16 @@ def test_the_blocks_of_the_transformer_are_compared_at_equal_evaluations():
     assert quality_table.block_table(dict(list(results.items())[:-1]), some_choice(), model) == ""
 
 
-def test_the_stored_page_and_pictures_are_those_of_the_stored_rows():
+def test_the_stored_page_is_that_of_the_stored_rows_and_the_pictures_have_all_curves():
     stored = quality_table.load(ROOT / "benchmarks")
     gpus = (ROOT / "benchmarks/quality_gpus.jsonl").read_text().splitlines()
     assert (ROOT / "docs/quality.md").read_text() == quality_table.page(*stored, gpus)
     for name, draw in (("evaluations", quality_plot.small), ("curves", quality_plot.large)):
         figure = draw(functools.partial(quality_table.along, *stored), list(stored[1]))
         for axes in figure.axes:
-            assert {line.get_label() for line in axes.lines} >= {"plain", "SAG", "PAG", "SAG + PAG"}, axes.get_title()
+            second = {"SEG"} if "second" in axes.get_title() else set()
+            labels = {line.get_label() for line in axes.lines}
+            assert labels == {"plain", "SAG", "SAG, one pass", "PAG", "SAG + PAG"} | second, axes.get_title()
             assert all(len(line.get_xdata()) >= quality_table.ENOUGH for line in axes.lines)
         with Image.open(ROOT / f"docs/{name}.png") as image:
             assert image.size == tuple(figure.canvas.get_width_height())

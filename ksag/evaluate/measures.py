@@ -50,15 +50,17 @@ class Statistics:
     features: Tensor
     """(m, d) of some or all of them, float32, which the kernel distance, precision and recall need."""
 
+    # Computed once, since a reference serves many comparisons
+
     @cached_property
-    def root(self) -> Tensor:
+    def _root(self) -> Tensor:
         """(d, d), the square root of the covariance."""
         values, vectors = torch.linalg.eigh(self.cov)
         root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
         return root
 
     @cached_property
-    def radii(self) -> Tensor:
+    def _radii(self) -> Tensor:
         """(m,), the `manifold_radii` of the features."""
         return manifold_radii(self.features.float())
 
@@ -105,7 +107,7 @@ def load_statistics(path: str | os.PathLike[str] = STATISTICS) -> Statistics:
 def frechet_distance(one: Statistics, other: Statistics) -> float:
     """|m₁ − m₂|² + tr(C₁ + C₂ − 2 (C₁ C₂)^½), the squared 2-Wasserstein distance of two normal distributions."""
     # The trace of the last root is the sum of the singular values of C₁^½ C₂^½
-    shared = torch.linalg.svdvals(one.root @ other.root).sum()  # eigenvalues of C₁ C₂ would lose half the digits
+    shared = torch.linalg.svdvals(one._root @ other._root).sum()  # eigenvalues of C₁ C₂ would lose half the digits
     size = one.cov.trace() + other.cov.trace()
     distance = float((one.mean - other.mean).square().sum() + size - 2 * shared)
     rounding = 10 * torch.finfo(one.cov.dtype).eps * len(one.cov) * float(size)
@@ -155,5 +157,5 @@ def measure(samples: Statistics, reference: Statistics) -> Measures:
     own, real = samples.features.float(), reference.features.float()
     return Measures(
         frechet_distance(samples, reference), kernel_distance(own, real),
-        share_inside(own, real, reference.radii), share_inside(real, own, samples.radii),
+        share_inside(own, real, reference._radii), share_inside(real, own, samples._radii),
     )  # fmt: skip
