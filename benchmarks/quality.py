@@ -108,7 +108,7 @@ class Model:
 
     @contextlib.contextmanager
     def compiled_but_for(self, layers: Sequence[str]) -> Iterator[None]:
-        """Compiles the largest modules that hold none of these layers, also inside of one: they have hooks, which rows change."""
+        """Compiles the largest modules that hold none of these layers, since the layers' hooks change from row to row."""
         modules = dict(self.network.named_modules())
         hooked = [f"{path}." for path in modules if any(f".{path}".endswith(f".{layer}") for layer in layers)]
         if len(hooked) != len(set(layers)):
@@ -200,10 +200,10 @@ class Bench:
                 seconds.append(round(time.perf_counter() - began, 4))
         return torch.cat(samples), seconds, (model.evaluations - before) / row.n
 
-    def measure(self, row: Row, sizes: Sequence[int] = ()) -> list[Result]:
-        """The results of a row with each of these numbers of samples, by default its own: fewer are the first ones."""
+    def measure(self, row: Row, sizes: Sequence[int]) -> list[Result]:
+        """The results of a row's first samples, for each of these numbers of them."""
         x, seconds, evaluations = self.sample(row)
-        rows = [dataclasses.replace(row, n=n) for n in sizes or [row.n]]
+        rows = [dataclasses.replace(row, n=n) for n in sizes]
         return [self.judge(row, x[: row.n], seconds[: math.ceil(row.n / self.batch)], evaluations) for row in rows]
 
     def judge(self, row: Row, x: Tensor, seconds: list[float], evaluations: float) -> Result:

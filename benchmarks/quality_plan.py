@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from quality import Bench
 
 CHOICE_SEEDS, REPORT_SEEDS = 1, (2, 3, 4)
+FEW = 2000
+"""The pictures of a row of the report outside the main tables."""
 MAIN = ("euler", "dpmpp_2m")
 PLAIN_STEPS = (24, 36, 54)
 """Where `choose` measures plain sampling; it interpolates in between."""
@@ -198,7 +200,7 @@ def report_rows(choice: Choice) -> list[Row]:
 
     def row(model: str, sampler: str, steps: int, directions: Directions = (), **other: Any) -> Row:
         schedule = frozen(choice[model]["schedule"])
-        return Row(model, sampler, steps, schedule, directions, **{"seeds": first, "n": 2000, **other})
+        return Row(model, sampler, steps, schedule, directions, **{"seeds": first, "n": FEW, **other})
 
     def main(model: str, seeds: int) -> list[Row]:
         ways = [way for way in methods_of(choice[model]).values()]

@@ -123,7 +123,7 @@ def sigmas(row: Row, device: str | torch.device = "cpu") -> Tensor:
 
 
 def to_sample(rows: Iterable[Row]) -> dict[Row, list[int]]:
-    """The rows to sample, each with the numbers of samples of the rows that it serves: those that differ from it in n only.
+    """The rows to sample, each with its number of samples and those of the rows that are its first samples.
 
     >>> [(row.n, sizes) for row, sizes in to_sample([Row(n=2), Row(n=3, steps=8), Row(n=5)]).items()]
     [(5, [2, 5]), (3, [3])]

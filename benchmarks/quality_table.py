@@ -18,6 +18,7 @@ from quality_plan import (
     ALONG,
     ALONG_STEPS,
     CHOICE_SEEDS,
+    FEW,
     KINDS,
     MAIN,
     OTHERS,
@@ -34,8 +35,8 @@ from quality_plan import (
 from quality_rows import FLOWS, Directions, Result, Row, Settings, frozen, load_results
 
 HERE = Path(__file__).parent
-FIRST, STEPS, FEW = REPORT_SEEDS[0], 24, 2000
-"""The first seeds of the report, the steps of the main tables, and the pictures of a row outside them."""
+FIRST, STEPS = REPORT_SEEDS[0], 24
+"""The first seeds of the report, and the steps of the main tables."""
 ENOUGH = 4
 """Points that a curve has at least; the methods without a curve have two."""
 PLAIN = "plain"

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_emoji
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import make_emoji  # noqa: E402
 
 ICONS = {  # name: fill, category
     "dog": ("#ff0000", "Animals & Nature"),

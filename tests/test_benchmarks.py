@@ -141,7 +141,9 @@ def test_the_evaluation_pages_table_is_measured():
     every = [rows for model in CHOICE for sampler in quality_table.MAIN
              for _, rows in quality_table.main_rows(RESULTS, CHOICE, model, sampler)]  # fmt: skip
     assert all([row.seeds for row in rows] == [2, 3, 4] for rows in every)  # "three sets of seeds"
-    assert max(abs(quality_table.fd(RESULTS[row]) / mean_fd(rows) - 1) for rows in every for row in rows) < 0.05
+    for rows in every:
+        most = 0.05 if rows[0].model == "emoji-flow-2" else 0.035  # "within 4 %, and within 5 % on the second transformer"
+        assert max(abs(quality_table.fd(RESULTS[row]) / mean_fd(rows) - 1) for row in rows) < most
 
 
 def test_the_parameters_page_starts_from_measured_settings():
@@ -155,7 +157,8 @@ def test_the_parameters_page_starts_from_measured_settings():
     for model, block in zip(FLOWS, (2, 3), strict=True):
         ((_, settings),) = methods_of(CHOICE[model])["SEG"]
         scale, low_high = dict(settings)["scale"], dict(settings)["sigma_range"]
-        assert f"`ksag.SEG({scale}, sigma_range={low_high}, attention=…)` with block 2 and block 3 of 8" in rows[-1]
+        seg = f"`ksag.SEG({scale}, sigma_range={low_high}, attention=…)`"
+        assert f"{seg} in block 2 of the first and block 3 of the second, of 8 each" in rows[-1]
         assert dict(settings)["attention"] == f"transformer_blocks.{block}.attn"
 
 
@@ -171,7 +174,7 @@ def test_the_picture_shows_what_the_page_says():
     assert max(over_curve("emoji", "euler", "PAG").values()) < 1
     second = "SEG is better from {} evaluations on, SAG in one pass from {} on, SAG and PAG from {} on, and SAG + PAG from {} on."
     places = {"SEG": 18, "SAG, one pass": 24, "SAG": 47, "SAG + PAG": 62, "PAG": 47}
-    assert f"{second.format(*list(places.values())[:4])} PAG is equal at 35." in text
+    assert f"{second.format(*list(places.values())[:4])} PAG is about equal at 35." in text
     for model, method, evaluations in (
         ("emoji", "SAG", 20), ("emoji", "SAG + PAG", 20), ("emoji-flow", "SAG", 20), ("emoji-flow", "PAG", 20),
         ("emoji-flow", "SAG + PAG", 40), *(("emoji-flow-2", *place) for place in places.items()),
@@ -188,7 +191,7 @@ def test_the_picture_shows_what_the_page_says():
     assert f"PAG reaches the FD of 64 plain steps with {unet} evaluations, and SAG + PAG with {both}." in text
     plain, seg = reaches("emoji-flow-2", "plain"), reaches("emoji-flow-2", "SEG")
     assert f"On the first transformer, PAG needs {reaches('emoji-flow', 'PAG')}." in text
-    assert f"On the second, 64 plain steps are no better than {plain}, and SEG needs {seg}." in text
+    assert f"On the second, SEG needs {seg}, but plain sampling needs only {plain}." in text
 
 
 def test_the_page_says_what_dpmpp_2m_sde_reaches():
@@ -410,7 +413,7 @@ def test_the_page_says_how_the_settings_were_chosen():
     tried = {model: {name: method["tried"] for name, method in CHOICE[model]["methods"].items()} for model in CHOICE}
     text = flat("docs/evaluate.md")
     assert (
-        set(tried["emoji"].values()) == {4} and "as many for each method: four on the UNet and twelve on each transformer." in text
+        set(tried["emoji"].values()) == {4} and "the same for each method: four on the UNet and twelve on each transformer." in text
     )
     exceptions = "SAG + PAG, with ten on the first transformer and six on the second, and exact SAG on the second, with eleven"
     assert [tried[model].pop("SAG + PAG") for model in FLOWS] == [10, 6] and tried["emoji-flow-2"].pop("SAG") == 11

@@ -1,19 +1,16 @@
 """Does scripts/nearest_emoji.py find the training picture that is nearest to a sample, or its mirror image?"""
 
 import json
-import sys
 
+import nearest_emoji
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from train_emoji import load_pictures, to_reals
 
 from ksag import zoo
-from tests.emoji_packages import ROOT, make_data
+from tests.emoji_packages import make_data
 from tests.test_zoo import small_config, small_model
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import nearest_emoji
-from train_emoji import load_pictures, to_reals
 
 
 def rms(a, b):

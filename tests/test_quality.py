@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import click
+import emoji_flow
 import pytest
 import quality
 import quality_plan
@@ -33,6 +34,7 @@ from ksag import evaluate, zoo
 from ksag.evaluate import features
 from tests.commands import invoke, save_small_model
 from tests.emoji_packages import ROOT, make_data
+from tests.small_flow import CONFIG, small_flow
 
 PAGE = (ROOT / "docs/evaluate.md").read_text()
 SAG = ("SAG", frozen({"attention": "d_blocks.3.2", "scale": 1.0}))
@@ -127,14 +129,7 @@ def test_only_blocks_without_hooks_are_compiled(bench, monkeypatch):
 
 
 def test_the_norms_inside_a_layer_with_hooks_are_compiled(bench, monkeypatch):
-    flow = pytest.importorskip("emoji_flow")  # which needs diffusers
-    config = json.loads((ROOT / "scripts/emoji_flow.json").read_text())
-    config["transformer"] |= {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32}
-    torch.manual_seed(0)
-    model = flow.EmojiFlow(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    flow.save(model.state_dict(), bench.out / "emoji_flow", config, {})
+    emoji_flow.save(small_flow(augmented=False).state_dict(), bench.out / "emoji_flow", CONFIG, {})
     bench.flows = bench.out
     pag = ("PAG", frozen({"attention": "transformer_blocks.1.attn", "scale": 0.3}))
     compiled = compiled_with(bench, guided(pag, model="emoji-flow", schedule=(), n=2, steps=2), monkeypatch)
@@ -154,7 +149,7 @@ def test_the_benchmark_goes_on_where_it_was_killed(bench, monkeypatch):
     assert measured == [guided(PAG)] and results[SHORT] == first
     assert [Row.of(result) for result in load_results(path).values()] == [*results]
     assert results[guided(PAG)]["measures"] != first["measures"] and not first["not_finite"]
-    assert measure(SHORT)[0]["measures"] == first["measures"]  # a set of seeds is the same noise
+    assert measure(SHORT, [SHORT.n])[0]["measures"] == first["measures"]  # a set of seeds is the same noise
 
 
 def test_the_benchmark_stops_in_time_and_keeps_whole_rows_only(bench):
@@ -162,7 +157,7 @@ def test_the_benchmark_stops_in_time_and_keeps_whole_rows_only(bench):
     with pytest.raises(quality.OutOfTime):
         bench.run([SHORT])
     with pytest.raises(quality.OutOfTime):
-        bench.measure(SHORT)
+        bench.measure(SHORT, [SHORT.n])
     assert not bench.results()
 
 
@@ -183,7 +178,7 @@ def test_a_process_that_looks_later_measures_its_own_rows(bench, monkeypatch):
     rows = [guided(PAG, steps=steps) for steps in (2, 3, 4, 5)]
     counts, bench.ranks = measured(bench, monkeypatch, lambda row: 1.0), 2
     first, second = quality.shared_out(rows, 2)
-    append_result(bench.out / "quality.jsonl", *bench.measure(first[0]))  # by the other one
+    append_result(bench.out / "quality.jsonl", *bench.measure(first[0], [first[0].n]))  # by the other one
     counts.clear()
     bench.rank, bench.ends = 1, time.time() + 0.5
     with pytest.raises(quality.OutOfTime):  # it waits for the other's
@@ -198,11 +193,11 @@ def measured(bench, monkeypatch, fd):
     """A bench whose rows have the FD that a function of them says; the rows that were measured are counted."""
     counts = Counter()
 
-    def measure(row, sizes=()):
+    def measure(row, sizes):
         counts[row] += 1
         measures = {bench.judges[0][0].name: {"fd": fd(row)}}
         result = {"measures": measures, "evaluations": row.evaluations, "seconds": [1.0]}
-        return [result | {"row": json.loads(dataclasses.replace(row, n=n).key)} for n in sizes or [row.n]]
+        return [result | {"row": json.loads(dataclasses.replace(row, n=n).key)} for n in sizes]
 
     monkeypatch.setattr(bench, "measure", measure)
     return counts
@@ -270,7 +265,7 @@ def test_the_report_has_plain_beside_every_guided_row():
     assert quality_plan.CHOICE_SEEDS not in {row.seeds for row in rows} == set(quality_plan.REPORT_SEEDS)
     assert {row.sampler for row in rows} == set(quality_plan.SAMPLERS)
     assert all(row.plain in rows for row in rows if row.directions and row.steps <= 64)
-    at_24 = [row for row in rows if row.directions and row.n > 2000]
+    at_24 = [row for row in rows if row.directions and row.n > quality_plan.FEW]
     assert all(row.equal in rows for row in at_24) and len(at_24) == len(SPEED) * 2 * 3 * 7
     first = rows[: len(rows) // 10]
     assert {row.model for row in first} == set(SPEED) and {row.steps for row in first if row.directions} == {24}
@@ -281,7 +276,9 @@ def test_the_best_method_has_a_curve_too():
     assert "SEG" not in quality_plan.ALONG
     choice["emoji"]["methods"]["SEG"]["score"] = -100
     seg = quality_plan.methods_of(choice["emoji"])["SEG"]
-    found = {(row.sampler, row.steps) for row in quality_plan.report_rows(choice) if (row.directions, row.n) == (seg, 2000)}
+    found = {
+        (row.sampler, row.steps) for row in quality_plan.report_rows(choice) if (row.directions, row.n) == (seg, quality_plan.FEW)
+    }
     assert found >= set(itertools.product(quality_plan.SAMPLED, quality_plan.ALONG_STEPS))
 
 

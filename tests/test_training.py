@@ -11,15 +11,13 @@ import k_diffusion as K
 import numpy as np
 import pytest
 import torch
+import train_emoji
 from safetensors import safe_open
 from skimage import transform
 from torch import nn
 
 from ksag import zoo
 from tests.emoji_packages import ROOT, make_data
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import train_emoji
 
 CONFIG = json.loads((ROOT / "scripts/emoji.json").read_text())
 

@@ -1,29 +1,16 @@
 """Does scripts/train_emoji_flow.py train a transformer of emoji, and does emoji_flow.load read what it wrote?"""
 
 import json
-import sys
 
 import click.testing
+import emoji_flow
 import pytest
 import torch
-
-from ksag import zoo
-from tests.emoji_packages import ROOT, make_data
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import emoji_flow
 import train_emoji_flow
 
-CONFIG = json.loads((ROOT / "scripts/emoji_flow.json").read_text())
-CONFIG["transformer"] |= {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32}
-
-
-def random_model(augmented):
-    torch.manual_seed(0)
-    model = emoji_flow.EmojiFlow(CONFIG, augmented).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+from ksag import zoo
+from tests.emoji_packages import make_data
+from tests.small_flow import CONFIG, small_flow
 
 
 def inputs(b=3):
@@ -39,7 +26,7 @@ def test_times_are_logit_normal():
 
 
 def test_the_loss_is_that_of_the_velocity():
-    model, (reals, t, cond) = random_model(augmented=False), inputs()
+    model, (reals, t, cond) = small_flow(augmented=False), inputs()
     noise = torch.randn_like(reals)
     for i in range(3):
         velocity = model((1 - t[i]) * reals[i : i + 1] + t[i] * noise[i : i + 1], t[i : i + 1], cond[i : i + 1])
@@ -48,13 +35,13 @@ def test_the_loss_is_that_of_the_velocity():
 
 
 def test_category_and_style_change_the_velocity():
-    model, (x, t, cond) = random_model(augmented=False), inputs()
+    model, (x, t, cond) = small_flow(augmented=False), inputs()
     none = model(x, t, torch.zeros_like(cond))
     assert ((model(x, t, cond) - none).abs().amax((1, 2, 3)) > 1e-3).all()
 
 
 def test_inference_weights_are_the_model_with_no_augmentation():
-    model, (x, t, cond) = random_model(augmented=True), inputs()
+    model, (x, t, cond) = small_flow(augmented=True), inputs()
     plain = emoji_flow.EmojiFlow(CONFIG).eval()
     plain.load_state_dict(emoji_flow.inference_weights(model))
     torch.testing.assert_close(plain(x, t, cond), model(x, t, cond, torch.zeros(3, 9)), atol=1e-5, rtol=1e-5)
@@ -64,7 +51,7 @@ def test_inference_weights_are_the_model_with_no_augmentation():
 def test_weights_survive_storage(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji_flow, "QUANTISED", 1024)
     monkeypatch.setattr(emoji_flow, "SHARD_BYTES", 50_000)
-    model = random_model(augmented=False)
+    model = small_flow(augmented=False)
     paths = emoji_flow.save(model.state_dict(), tmp_path, CONFIG, {"seed": 7})
     assert len(paths) > 2 and all(path.stat().st_size < 60_000 for path in paths)
     config, record, weights = emoji_flow.read(tmp_path)

@@ -3,12 +3,12 @@
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import k_diffusion as K
 import pytest
 import torch
+import train_emoji
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,8 +19,6 @@ from ksag.zoo import files
 from tests.models import randomise
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import train_emoji  # noqa: E402
 
 # The bundled model
 

@@ -110,7 +110,7 @@ def _received_by_flash(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _received_from_heads(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """What each key receives from these heads, (b, keys). Its own function, so that its tensors are freed before the next heads.
+    """What each key receives from these heads, (b, keys). A function of its own, so that its tensors are freed between groups.
 
     A key receives exp(logit − lse) from a query, where lse is the logarithm of the sum of exp(logit) over all keys. Flash attention
     returns lse for each query. A second call, with q and k exchanged and −lse added to the logits, returns the logarithm of what
