@@ -36,8 +36,8 @@ def sample(
             affected.
         shape: (c, *spatial) of a sample.
         sigmas: (steps + 1,) noise levels, at least 2 steps, from the highest to 0, on the model's device. `dpm_fast` makes as
-            many model calls as there are steps, and `dpm_adaptive` uses only the highest and the lowest above 0. Both stop at the
-            latter; one more model call takes the last step to 0, as in the other samplers.
+            many model calls as there are steps, and `dpm_adaptive` uses only the highest and the lowest above 0. These two and
+            `lms` stop at the lowest above 0, and one more model call takes the last step to 0.
         seeds: one for each sample.
         extra_args: passed to the model at every call.
         callback: k-diffusion's, called at every step with a dict of `x`, `denoised`, `sigma`, `i` and more.
@@ -84,10 +84,13 @@ def sample(
         options["noise_sampler"] = lambda sigma, sigma_next: tree(sigma.cpu(), sigma_next.cpu()).to(x)
     elif "noise_sampler" in parameters:
         options["noise_sampler"] = lambda sigma, sigma_next: noise()
-    if "sigmas" in parameters:
+    if sampler == "lms":
+        x = function(model, x, sigmas[:-1], **options)  # a step to 0 would extrapolate far beyond the levels before it
+    elif "sigmas" in parameters:
         return function(model, x, sigmas, **options)  # type: ignore[no-any-return]
-    if "n" in parameters:
-        options["n"] = len(sigmas) - 2
-    x = function(model, x, float(sigmas[-2]), float(sigmas[0]), **options)
+    else:
+        if "n" in parameters:
+            options["n"] = len(sigmas) - 2
+        x = function(model, x, float(sigmas[-2]), float(sigmas[0]), **options)
     with torch.no_grad():
         return model(x, sigmas[-2].expand(len(x)), **(extra_args or {}))  # type: ignore[no-any-return]

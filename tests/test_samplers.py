@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import ksag
+from ksag import zoo
 from ksag.samplers import SAMPLERS, sample
 from tests import forms, reference
 
@@ -67,6 +68,21 @@ class Sure(nn.Module):
 def test_no_noise_is_left_however_high_the_lowest_level(sampler):
     result = sample(sampler, Sure(), (3, 4, 4), K.sampling.get_sigmas_karras(6, 0.5, 10.0), [0, 1])
     torch.testing.assert_close(result, torch.full_like(result, 0.25), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_lms_solves_the_guided_equation():
+    settings = {name.replace("sag_scale", "scale"): value for name, value in zoo.SETTINGS.items()}
+    sigmas, shape = K.sampling.get_sigmas_karras(24, 0.32, 160.0), (3, 64, 64)
+    _, uncond = zoo.conditioning(["Objects"])
+    args = {"cond": uncond}
+    with ksag.GuidedDenoiser(zoo.load(), ksag.SAG(**settings), cond_key="mapping_cond") as guided:
+        expected = sample("dpmpp_2m", guided, shape, sigmas, [0], args)
+        found = sample("lms", guided, shape, sigmas, [0], args)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))[None]
+        to_0 = K.sampling.sample_lms(guided, noise * sigmas[0], sigmas, extra_args=args, disable=True)
+    assert (found - expected).norm() / expected.norm() < 0.1 and found.abs().max() < 1.2
+    assert (to_0 - expected).norm() / expected.norm() > 0.6  # what the page warns of
 
 
 def test_dpm_fast_makes_as_many_calls_as_there_are_steps(denoiser):
