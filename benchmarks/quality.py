@@ -1,11 +1,11 @@
-"""What is each kind of guidance worth?  `python benchmarks/quality.py choose`, then `report`
+"""What is each kind of guidance worth?  `python benchmarks/quality.py choose`, then `report`, and perhaps `grid`
 
 Samples models of emoji, plain and guided, from the same noise: the bundled UNet ("emoji"), and one or two trainings of a
 transformer by flow matching (`scripts/train_emoji_flow.py`, "emoji-flow" and "emoji-flow-2"). `ksag.evaluate` compares the samples
 with the pictures that they were trained on. `choose` tries settings on one set of seeds; `report` measures the chosen ones on three
-others, the most important rows first; `quality_plan.py` says which. Every row is appended to quality.jsonl as soon as it is
-measured and is not measured again, so that either command continues where it was stopped. On four GPUs, replace `python` with
-`torchrun --standalone --nproc-per-node 4`.
+others, the most important rows first; `grid` adds every method with every sampler. `quality_plan.py` lists the rows. Every row is
+appended to quality.jsonl as soon as it is measured and is not measured again, so that each command continues where it was stopped.
+On four GPUs, replace `python` with `torchrun --standalone --nproc-per-node 4`.
 
 A set of seeds fixes the noise of every batch: it is drawn on the device by one generator per batch (the Brownian tree of an SDE
 sampler has one seed per batch too), so that all rows of a set start from, and add, the same noise. On a GPU, the network runs under
@@ -17,6 +17,7 @@ that goes through the network.
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -258,7 +259,7 @@ def load_judges(
 
 
 @click.command(help=__doc__)
-@click.argument("stages", nargs=-1, required=True, type=click.Choice(["choose", "report", "estimate"]))
+@click.argument("stages", nargs=-1, required=True, type=click.Choice(["choose", "report", "grid", "estimate"]))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quality"), show_default=True,
               help="The folder of quality.jsonl and quality_choice.json.")  # fmt: skip
 @click.option(
@@ -273,7 +274,7 @@ def load_judges(
 @click.option("--tries", type=int, help="Settings to try for each method; by default 4 for the UNet, 12 for a transformer.")
 @click.option("--seconds", type=float, default=math.inf, help="Stop after so many seconds.")
 @click.option("--choose-seconds", type=float, default=math.inf, help="Report the best found after so many seconds.")
-@click.option("--limit", type=int, help="Only the first rows of the report.")
+@click.option("--limit", type=int, help="Only the first rows.")
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="On a GPU.")
 def main(stages, out, models, flows, folders, n, tries, seconds, choose_seconds, limit, compiled):
     import quality_plan as plan
@@ -292,16 +293,18 @@ def main(stages, out, models, flows, folders, n, tries, seconds, choose_seconds,
     bench = Bench(out, device, judges, shares, flows, 1000, ends, rank, ranks, compiled and device.type == "cuda")
     for stage in stages:
         bench.ends = min(ends, time.time() + choose_seconds) if stage == "choose" else ends
-        choice = plan.load_choice(out)
-        rows = plan.report_rows({name: choice[name] for name in models if name in choice})[:limit]
-        rows = [dataclasses.replace(row, n=n or row.n) for row in rows]
+        choice = {name: of_model for name, of_model in plan.load_choice(out).items() if name in models}
+        rows = {name: [dataclasses.replace(row, n=n or row.n) for row in of(choice)[:limit]] for name, of in plan.ROWS.items()}
         if stage == "estimate":
-            for name in models:
-                of_model = [row for row in rows if row.model == name]
-                click.echo(f"{name}: {len(of_model)} rows, {sum(row.cost for row in to_sample(of_model)):.0f} s on one H200")
+            for name, model in itertools.product(rows, choice):
+                of_model = to_sample(row for row in rows[name] if row.model == model)
+                click.echo(f"{name}, {model}: {len(of_model)} rows, {sum(row.cost for row in of_model):.0f} s on one H200")
             continue
         try:
-            plan.choose(bench, models, n or 1000, tries) if stage == "choose" else bench.run(rows)
+            if stage == "choose":
+                plan.choose(bench, models, n or 1000, tries)
+            else:
+                bench.run(rows[stage])
             bench.log(f"{stage}: done")
         except OutOfTime:
             bench.log(f"{stage}: out of time, the same command continues")

@@ -1,4 +1,4 @@
-"""Which rows the quality benchmark measures: the settings that `choose` tries, and the tables of `report`.
+"""Which rows the quality benchmark measures: the settings that `choose` tries, and the tables of `report` and `grid`.
 
 `choose` tries the same number of settings for each method, on seeds that `report` does not use: first those that are written here
 (three on the UNet, every block of a transformer), then, as far as the number allows, the best of them stronger, weaker, and at
@@ -6,6 +6,7 @@ other noise levels. If even the best is worse than plain sampling, only weaker o
 The score of a setting is the mean over the samplers of log(FD / FD of plain sampling at the same number of evaluations).
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -63,6 +64,8 @@ ALONG_STEPS = (8, 12, 16, 24, 32, 48, 64)
 """The methods, besides each model's best, and the samplers that are measured at these steps."""
 OTHERS = {s: 16 if s in TWO_CALLS else 32 if s.endswith(("sde", "ancestral")) else 24 for s in SAMPLERS if s not in MAIN}
 """The steps of the other samplers, with which they evaluate the model about as often, or more often where they add noise."""
+GRID_STEPS = (24, 12, 48)
+COND_SCALES = (1.5, 3.0)
 Choice = dict[str, Any]
 
 
@@ -220,12 +223,8 @@ def report_rows(choice: Choice) -> list[Row]:
         ways = methods_of(choice[model])
         best = recommended(choice[model])
         guided = [best, changed(best, 0.5), *(ways[name] for name in ("SAG", "PAG") if name in ways)]
-        rows = [row(model, s, 24, way, cond_scale=scale) for scale in (1.5, 3.0) for s in MAIN[::-1] for way in ((), *guided)]
-        return rows + [row(model, s, 24, cond_scale=scale) for scale in (1.0, 1.25, 2.0, 2.5, 4.0, 5.0) for s in MAIN[::-1]]
-
-    def rest(model: str) -> list[Row]:
-        ways = [way for name, way in methods_of(choice[model]).items() if name not in ALONG]
-        return [row(model, sampler, k, way) for k in (12, 48) for sampler in MAIN for way in ways]
+        rows = [row(model, s, 24, way, cond_scale=scale) for scale in COND_SCALES for s in MAIN[::-1] for way in ((), *guided)]
+        return rows + [row(model, s, 24, cond_scale=scale) for scale in (1.0, 2.0) for s in MAIN[::-1]]
 
     parts += [main(model, first) for model in choice]
     parts += [along(model, MAIN, ALONG_STEPS[:5]) for model in choice]
@@ -233,5 +232,20 @@ def report_rows(choice: Choice) -> list[Row]:
     parts += [others(model) + with_cfg(model) for model in choice]
     parts += [along(model, SAMPLED[2:], ALONG_STEPS[:5]) for model in choice]
     parts += [main(model, REPORT_SEEDS[2]) for model in choice]
-    parts += [along(model, SAMPLED, ALONG_STEPS[5:]) + rest(model) for model in choice]
+    parts += [along(model, SAMPLED, ALONG_STEPS[5:]) for model in choice]
     return list(dict.fromkeys(row for part in parts for row in part))
+
+
+def grid_rows(choice: Choice) -> list[Row]:
+    """Every method with every sampler, and with the main samplers under classifier-free guidance, by number of steps."""
+    rows: list[Row] = []
+    for steps, model in itertools.product(GRID_STEPS, choice):
+        samplers = [s for s in SAMPLERS if s != "dpm_adaptive" or steps == GRID_STEPS[0]]  # its steps follow from the model
+        places = [*((s, None) for s in samplers), *((s, scale) for scale in COND_SCALES for s in MAIN)]
+        schedule, first = frozen(choice[model]["schedule"]), REPORT_SEEDS[0]
+        ways = methods_of(choice[model]).values()
+        rows += with_plain([Row(model, s, steps, schedule, way, scale, first, FEW) for s, scale in places for way in ways])
+    return list(dict.fromkeys(rows))
+
+
+ROWS = {"report": report_rows, "grid": grid_rows}

@@ -18,7 +18,9 @@ from quality_plan import (
     ALONG,
     ALONG_STEPS,
     CHOICE_SEEDS,
+    COND_SCALES,
     FEW,
+    GRID_STEPS,
     KINDS,
     MAIN,
     OTHERS,
@@ -34,12 +36,14 @@ from quality_plan import (
 )
 from quality_rows import FLOWS, Directions, Result, Row, Settings, frozen, load_results
 
+from ksag.samplers import SAMPLERS
+
 HERE = Path(__file__).parent
 FIRST, STEPS = REPORT_SEEDS[0], 24
 """The first seeds of the report, and the steps of the main tables."""
 ENOUGH = 4
 """Points that a curve has at least; the methods without a curve have two."""
-PLAIN = "plain"
+PLAIN, EQUAL = "plain", "with equal evaluations"
 TITLES = {"emoji": "Bundled UNet", "emoji-flow": "Transformer, first training", "emoji-flow-2": "Transformer, second training"}
 Results = dict[Row, Result]
 Curves = dict[str, dict[int, Result]]
@@ -64,6 +68,14 @@ def fd(result: Result) -> float:
 def seconds(result: Result) -> float:
     """For 1,000 pictures: of the row's fastest batch, since others may have waited for the compiler."""
     return float(min(result["seconds"])) * 1000 / result["batch"]
+
+
+def plain_of(row: Row) -> Row:
+    return row.plain
+
+
+def equal_to(row: Row) -> Row:
+    return row.equal
 
 
 def names(choice: Choice, model: str) -> dict[Directions, str]:
@@ -115,8 +127,8 @@ def method_cells(name: str, rows: list[Row], results: Results) -> list[str]:
 
     return [
         name, f"{results[rows[0]]['evaluations']:g}", f"{seconds(results[rows[0]]):.2f}",
-        spread([fd(results[row]) for row in rows]), over(rows, lambda row: row.plain, results),
-        over(rows, lambda row: row.equal, results), over(rows, lambda row: row.equal, results, judge=1),
+        spread([fd(results[row]) for row in rows]), over(rows, plain_of, results),
+        over(rows, equal_to, results), over(rows, equal_to, results, judge=1),
         f"{1000 * mean(lambda result: judged(result)['kid']):.1f}", f"{share('precision')}, {share('recall')}",
     ]  # fmt: skip
 
@@ -189,14 +201,43 @@ def sampler_table(results: Results, choice: Choice, model: str) -> str:
         if few and there and row.steps == OTHERS.get(row.sampler):
             equal = results.get(row.equal)
             guided, plain = results[row], results[row.plain]
-            ratio = over([row], lambda row: row.equal, results) if equal else ""
+            ratio = over([row], equal_to, results) if equal else ""
             rows.append([
                 f"`{row.sampler}`", str(row.steps), f"{fd(plain):.2f} ({plain['evaluations']:g})",
                 f"{fd(equal):.2f} ({equal['evaluations']:g})" if equal else "", f"{fd(guided):.2f} ({guided['evaluations']:g})",
-                over([row], lambda row: row.plain, results), ratio, over([row], lambda row: row.equal, results, 1) if equal else "",
+                over([row], plain_of, results), ratio, over([row], equal_to, results, 1) if equal else "",
             ])  # fmt: skip
     head = ["", "steps", "plain", "plain, equal", "guided", "over plain", "over equal", "second judge, over equal"]
     return table(head, sorted(rows)) if rows else ""
+
+
+def grid_tables(results: Results, choice: Choice, model: str) -> dict[str, str]:
+    """FD of every method under every sampler by number of steps, relative to plain sampling; by what a table compares."""
+    ways, steps = methods_of(choice[model]), sorted(GRID_STEPS)
+    schedule = frozen(choice[model]["schedule"])
+
+    def row(sampler: str, scale: float | None, k: int, way: Directions = ()) -> Row:
+        return Row(model, sampler, k, schedule, way, scale, FIRST, FEW)
+
+    def cell(rows: list[Row], other: Callable[[Row], Row], judge: int) -> str:
+        ratios = [over([one], other, results, judge) if one in results else "" for one in rows]
+        return ", ".join(ratio or "–" for ratio in ratios) if any(ratios) else ""
+
+    def compared(other: Callable[[Row], Row], judge: int) -> str:
+        lines = []
+        for sampler, scale in [*((s, None) for s in SAMPLERS), *((s, scale) for scale in COND_SCALES for s in MAIN)]:
+            plain = [results.get(row(sampler, scale, k)) for k in steps]
+            fds = ", ".join(f"{judged(one, judge)['fd']:.1f}" if one and judged(one, judge) else "–" for one in plain)
+            cells = [cell([row(sampler, scale, k, way) for k in steps], other, judge) for way in ways.values()]
+            if all(cells):
+                lines.append([f"`{sampler}`" + (f", `cond_scale` {scale:g}" if scale else ""), fds, *cells])
+        return table(["", "plain FD", *ways], lines) if lines else ""
+
+    return {
+        EQUAL: compared(equal_to, 0),
+        f"{EQUAL}, by the second judge": compared(equal_to, 1),
+        "with the same steps": compared(plain_of, 0),
+    }
 
 
 # Classifier-free guidance
@@ -211,9 +252,11 @@ def cfg_table(results: Results, choice: Choice, model: str, sampler: str) -> str
     plain = sorted((row for row in of_report if not row.directions), key=lambda row: row.cond_scale or 0)
     scales = [row.cond_scale or 0.0 for row in plain]
     rows = []
-    for row in sorted((row for row in of_report if row.cond_scale in (1.5, 3.0)), key=lambda row: row.cond_scale or 0):
+    shown = [row for row in of_report if row.cond_scale in COND_SCALES]
+    for row in sorted(shown, key=lambda row: (row.cond_scale, list(known).index(row.directions))):
         measures = judged(results[row])
         cells = [f"{row.cond_scale:g}", known[row.directions], f"{results[row]['evaluations']:g}", f"{measures['fd']:.2f}"]
+        cells += [over([row], other, results, judge) for other, judge in ((plain_of, 0), (equal_to, 0), (equal_to, 1))]
         cells += [f"{1000 * measures['kid']:.1f}", f"{measures['precision']:.3f}, {measures['recall']:.3f}"]
         rows.append(cells + (effective(measures, [judged(results[one]) for one in plain], scales) if row.directions else ["", ""]))
     head = [
@@ -221,6 +264,9 @@ def cfg_table(results: Results, choice: Choice, model: str, sampler: str) -> str
         "",
         "evaluations",
         "FD",
+        "over plain",
+        "over equal",
+        "second judge, over equal",
         "KID × 1000",
         "precision, recall",
         "plain's cond_scale of equal precision",
@@ -306,12 +352,17 @@ def page(results: Results, choice: Choice, gpus: Sequence[str] = ()) -> str:
                 section(f"{title}, `{sampler}`, {STEPS} steps, {rows[0][1][0].n:,} pictures", content)
         parts += ["Settings:", settings_of(choice, model)]
         for sampler in SAMPLED:
-            if curves := along(results, choice, model, sampler):
+            if PLAIN in (curves := along(results, choice, model, sampler)):
                 text = "In brackets: evaluations per picture."
                 section(f"{title}, `{sampler}`, FD by steps, {FEW:,} pictures", text, along_table(curves))
         method = names(choice, model)[recommended(choice[model])]
         text = f"Guided by {method}. In brackets: evaluations per picture."
         section(f"{title}, other samplers, {FEW:,} pictures", text, sampler_table(results, choice, model))
+        grid = grid_tables(results, choice, model)
+        for compared, content in grid.items() if grid[EQUAL] else ():
+            at = f"With {', '.join(map(str, sorted(GRID_STEPS)))} steps"
+            text = f"{at}: FD of plain sampling, and that of each method divided by that of plain sampling {compared}."
+            section(f"{title}, every method and sampler, {compared}, {FEW:,} pictures", text, content)
         for sampler in MAIN:
             section(
                 f"{title}, `{sampler}` with classifier-free guidance, {FEW:,} pictures", cfg_table(results, choice, model, sampler)

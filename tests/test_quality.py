@@ -271,6 +271,19 @@ def test_the_report_has_plain_beside_every_guided_row():
     assert {row.model for row in first} == set(SPEED) and {row.steps for row in first if row.directions} == {24}
 
 
+def test_the_grid_has_every_method_with_every_sampler_and_with_classifier_free_guidance():
+    choice = some_choice()
+    rows = quality_plan.grid_rows(choice)
+    assert all(row.plain in rows for row in rows) and {(row.seeds, row.n) for row in rows} == {(2, quality_plan.FEW)}
+    guided = [row for row in rows if row.directions]
+    assert all(row.equal in rows for row in guided if row.sampler != "dpm_adaptive")
+    without, scales = len(quality_plan.SAMPLERS) - 1, 2 * 2  # dpm_adaptive takes no number of steps
+    assert len(guided) == len(SPEED) * 7 * (3 * (without + scales) + 1) and {row.steps for row in guided} == {12, 24, 48}
+    assert {(row.sampler, row.cond_scale) for row in guided if row.cond_scale} == {
+        *itertools.product(quality_plan.MAIN, (1.5, 3.0))
+    }
+
+
 def test_the_best_method_has_a_curve_too():
     choice = some_choice()
     assert "SEG" not in quality_plan.ALONG
@@ -317,6 +330,29 @@ def test_the_table_divides_by_plain_at_equal_steps_and_at_equal_evaluations():
     assert quality_table.method_cells("PAG", rows, without)[5:7] == ["", ""]
     first = [row for row in rows if row.seeds == 2]
     assert quality_table.method_cells("PAG", first, results)[3:7] == ["2.25", "0.60", f"{equal:.2f}", ""]
+
+
+def test_the_grid_divides_by_plain_sampling_with_the_same_number_of_steps():
+    choice, results = some_choice(), {}
+    for row in quality_plan.grid_rows({"emoji": choice["emoji"]}):
+        fd = row.steps / 3 * (row.steps / 100 if row.directions else 1)
+        first = {"fd": fd, "kid": 0.01, "precision": 0.8, "recall": 0.6}
+        results[row] = {"measures": {"first": first, "second": {"fd": 1}}, "evaluations": row.evaluations}
+    found = quality_table.grid_tables(results, choice, "emoji")
+    same = found["with the same steps"].splitlines()
+    assert len(same) == 2 + len(quality_plan.SAMPLERS) + 4 and all(
+        line.endswith("| 4.0, 8.0, 16.0 |" + " 0.12, 0.24, 0.48 |" * 7) for line in same[2:] if "dpm_adaptive" not in line
+    )
+    assert "| `dpm_adaptive` | –, 8.0, – |" + " –, 0.24, – |" * 7 in same and "| `euler`, `cond_scale` 1.5 |" in "\n".join(same)
+    assert "1.00, 1.00, 1.00" in found["with equal evaluations, by the second judge"]
+    row = next(row for row in results if row.sampler == "lms" and row.steps == 12 and "SEG" in str(row.directions))
+    equal = row.steps * row.steps / 100 / row.equal.steps
+    assert f"| {equal:.2f}, " in next(line for line in found["with equal evaluations"].splitlines() if line.startswith("| `lms`"))
+    del results[row]
+    assert " –, 0.24, 0.48 " in quality_table.grid_tables(results, choice, "emoji")["with the same steps"]
+    one_judge = {row: result | {"measures": {"first": result["measures"]["first"]}} for row, result in results.items()}
+    text = quality_table.page(one_judge, {"emoji": choice["emoji"]})
+    assert text.count("every method and sampler") == 2 and "by the second judge" not in text
 
 
 def test_the_page_has_only_what_was_measured():
