@@ -360,8 +360,8 @@ def page(results: Results, choice: Choice, gpus: Sequence[str] = ()) -> str:
         section(f"{title}, other samplers, {FEW:,} pictures", text, sampler_table(results, choice, model))
         grid = grid_tables(results, choice, model)
         for compared, content in grid.items() if grid[EQUAL] else ():
-            at = f"With {', '.join(map(str, sorted(GRID_STEPS)))} steps"
-            text = f"{at}: FD of plain sampling, and that of each method divided by that of plain sampling {compared}."
+            *first, last = sorted(GRID_STEPS)
+            text = f"At {', '.join(map(str, first))} and {last} steps. The methods' columns have FD over plain sampling {compared}."
             section(f"{title}, every method and sampler, {compared}, {FEW:,} pictures", text, content)
         for sampler in MAIN:
             section(

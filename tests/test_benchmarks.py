@@ -291,7 +291,7 @@ def test_the_page_says_what_other_samplers_do():
 
 def test_the_page_says_how_dpmpp_3m_sde_and_lms_break():
     exact, one = (in_grid("emoji", method, "dpmpp_3m_sde", 12) for method in ("SAG", "SAG, one pass"))
-    few = f"its FD is {exact:.1f} times that of plain sampling with equal evaluations, and {one:.1f} times in one pass."
+    few = f"its FD is {exact:.1f} times as high as with plain sampling and equal evaluations, and {one:.1f} times in one pass."
     assert few in flat("docs/evaluate.md")
     lms = [in_grid("emoji", "SAG", "lms", steps) for steps in (24, 48)]
     assert f"FD is {lms[0]:.1f} times as high at 24 steps, and {lms[1]:.0f} times at 48." in flat("docs/evaluate.md")
@@ -307,7 +307,7 @@ def test_the_page_says_what_pag_does_on_the_first_transformer_with_other_sampler
             found[row.sampler] = [over_row(row, row.equal, judge) for judge in range(len(result["measures"]))]
     without_noise = [over for sampler, (over, *_) in found.items() if not sampler.endswith(("sde", "ancestral"))]
     span = f"to between {min(without_noise):.2f} and {max(without_noise):.2f} times"
-    assert f"lowers FD with those that add no noise, {span}, and with `euler_ancestral`." in flat("docs/evaluate.md")
+    assert f"lowers FD with the samplers that add no noise, {span}, and with `euler_ancestral`." in flat("docs/evaluate.md")
     assert found["euler_ancestral"][0] < 1 and {row for row in found if found[row][0] < 1} == {
         "heun", "dpm_2", "dpm_fast", "euler_ancestral", "dpmpp_2s_ancestral"
     }  # fmt: skip
@@ -420,7 +420,7 @@ def test_the_page_compares_two_trainings_of_the_transformer():
     text = flat("docs/evaluate.md")
     assert all(over < 1 for name in ("SEG", "skipping a block") for place in found[name] for over in place)  # "everywhere"
     one, pag, both = found["SAG in one pass"], found["PAG"], found["SAG + PAG"]
-    assert all(over < 0.95 for place in one[::2] for over in place) and all(over < 1 for place in one[1::2] for over in place)
+    assert all(over < 0.94 for place in one[::2] for over in place) and all(over < 1 for place in one[1::2] for over in place)
     most = 100 * (1 - min(over for place in one[1::2] for over in place))
     assert f"SAG in one pass does so too, but by at most {most:.0f} % with `dpmpp_2m`." in text
     assert all(over < 0.98 for place in pag[:2] for over in place) and all(

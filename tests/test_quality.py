@@ -24,6 +24,7 @@ import quality_plot
 import quality_table
 import torch
 from click.core import ParameterSource
+from click.testing import CliRunner
 from PIL import Image
 from quality_rows import SPEED, Row, append_result, frozen, load_results
 from torch import nn
@@ -282,6 +283,18 @@ def test_the_grid_has_every_method_with_every_sampler_and_with_classifier_free_g
     assert {(row.sampler, row.cond_scale) for row in guided if row.cond_scale} == {
         *itertools.product(quality_plan.MAIN, (1.5, 3.0))
     }
+
+
+def test_each_command_measures_or_estimates_its_own_rows(tmp_path, monkeypatch):
+    ran, choice = [], {"emoji": some_choice()["emoji"]}
+    (tmp_path / "quality_choice.json").write_text(json.dumps(choice))
+    monkeypatch.setattr(quality.Bench, "run", lambda self, rows: ran.append(rows))
+    options = ["--out", str(tmp_path), "--limit", "30", "--n", "4"]
+    result = CliRunner().invoke(quality.main, ["report", "grid", "estimate", *options], catch_exceptions=False)
+    expected = [quality_plan.report_rows(choice), quality_plan.grid_rows(choice)]
+    assert ran == [[dataclasses.replace(row, n=4) for row in rows[:30]] for rows in expected] and ran[0] != ran[1]
+    counts = [str(len(quality.to_sample(rows))) for rows in ran]  # with the same n, two rows of the report are one
+    assert re.findall(r"(\w+), emoji: (\d+) rows", result.output) == [("report", counts[0]), ("grid", counts[1])]
 
 
 def test_the_best_method_has_a_curve_too():

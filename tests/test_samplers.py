@@ -72,15 +72,11 @@ def test_no_noise_is_left_however_high_the_lowest_level(sampler):
 
 @pytest.mark.slow
 def test_lms_solves_the_guided_equation():
-    settings = {name.replace("sag_scale", "scale"): value for name, value in zoo.SETTINGS.items()}
     sigmas, shape = K.sampling.get_sigmas_karras(24, 0.32, 160.0), (3, 64, 64)
-    _, uncond = zoo.conditioning(["Objects"])
-    args = {"cond": uncond}
-    with ksag.GuidedDenoiser(zoo.load(), ksag.SAG(**settings), cond_key="mapping_cond") as guided:
-        expected = sample("dpmpp_2m", guided, shape, sigmas, [0], args)
-        found = sample("lms", guided, shape, sigmas, [0], args)
+    with ksag.SAGDenoiser(zoo.load(), **zoo.SETTINGS) as guided:
+        expected, found = (sample(sampler, guided, shape, sigmas, [0]) for sampler in ("dpmpp_2m", "lms"))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))[None]
-        to_0 = K.sampling.sample_lms(guided, noise * sigmas[0], sigmas, extra_args=args, disable=True)
+        to_0 = K.sampling.sample_lms(guided, noise * sigmas[0], sigmas, disable=True)
     assert (found - expected).norm() / expected.norm() < 0.1 and found.abs().max() < 1.2
     assert (to_0 - expected).norm() / expected.norm() > 0.6  # what the page warns of
 
